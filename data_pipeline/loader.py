@@ -1,0 +1,145 @@
+"""Micro-batches of each step for one data-parallel rank, prefetched by one blocking thread.
+
+One thread, not worker processes: handing a batch of text between processes costs more than making it. It waits on a
+bounded queue and never polls, so it takes no cycles from the training thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.source import SampleSource
+
+_PREFETCH_STEPS = 2
+MicroBatches = list[dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+class _End:
+    pass
+
+
+def micro_batch_indices(
+    step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+) -> list[range]:
+    """Global sample indices of each micro-batch of ``dp_rank`` in ``step`` (0-based).
+
+    Micro-batch m of rank r is ``step * global_batch + m * (micro_batch * dp_size) + r * micro_batch + [0, micro_batch)``,
+    so the global batch is the same set for any number of ranks and any micro-batch.
+    """
+    first = step * global_batch + dp_rank * micro_batch
+    stride = micro_batch * dp_size
+    return [range(start, start + micro_batch) for start in range(first, first + global_batch, stride)]
+
+
+class StepLoader:
+    """Iterates over steps, from ``start_step`` on; each item is the list of this rank's micro-batches.
+
+    An endless source gives an endless loader. A finite one ends after ``ceil(num_samples / global_batch)`` steps; the
+    rows past its end are padding with no target, so that every rank sees the same number of equal-shaped micro-batches.
+    An error in the thread is raised in the consumer, at the step that it belongs to and at every call after.
+
+    Raises ValueError when ``global_batch`` is not a multiple of ``micro_batch * dp_size``.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        start_step: int = 0,
+    ) -> None:
+        if min(global_batch, micro_batch, dp_size) < 1 or global_batch % (micro_batch * dp_size):
+            raise ValueError(
+                f"global batch {global_batch} is not a positive multiple of micro-batch {micro_batch} x "
+                f"data-parallel size {dp_size}. What to do: change one of the three."
+            )
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"data-parallel rank {dp_rank} is outside the {dp_size} ranks")
+        self.step = start_step
+        self._source = source
+        self._layout = (global_batch, micro_batch, dp_rank, dp_size)
+        self._queue: queue.Queue[MicroBatches | _Failure | _End] = queue.Queue(_PREFETCH_STEPS)
+        self._stopping = threading.Event()
+        self._last: _Failure | _End | None = None
+        self._thread = threading.Thread(
+            target=self._produce, args=(start_step,), name="data-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[MicroBatches]:
+        return self
+
+    def __next__(self) -> MicroBatches:
+        item = self._last if self._last is not None else self._queue.get()
+        if isinstance(item, _Failure):
+            self._last = item
+            raise item.error
+        if isinstance(item, _End):
+            self._last = item
+            raise StopIteration
+        self.step += 1
+        return item
+
+    def state_dict(self) -> dict[str, Any]:
+        """All the state there is: steps and samples handed out, and whose order they count in."""
+        return {
+            "version": 1,
+            "step": self.step,
+            "samples": self.step * self._layout[0],
+            "fingerprint": self._source.fingerprint,
+        }
+
+    def close(self) -> None:
+        """Stop the thread and wait for it. The source stays open. Iterating afterwards ends at once."""
+        self._stopping.set()
+        # The thread may be blocked on a full queue; emptied once, the queue has room for all that it can still put.
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join()
+        if not isinstance(self._last, _Failure):
+            self._last = _End()
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _produce(self, step: int) -> None:
+        try:
+            num_samples = self._source.num_samples
+            while not self._stopping.is_set():
+                if num_samples is not None and step * self._layout[0] >= num_samples:
+                    self._queue.put(_End())
+                    return
+                self._queue.put(
+                    [self._rows(r, num_samples) for r in micro_batch_indices(step, *self._layout)]
+                )
+                step += 1
+        except BaseException as error:  # handed over whole: the consumer decides
+            self._queue.put(_Failure(error))
+
+    def _rows(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
+        if num_samples is None or indices.stop <= num_samples:
+            return self._source.batch(indices)
+        present = max(0, num_samples - indices.start)
+        batch = self._source.batch([i if i < num_samples else 0 for i in indices])
+        for name, array in batch.items():
+            array[present:] = -1 if name == "segment_ids" else 0
+        return batch

@@ -1,0 +1,41 @@
+"""One-dimensional ``.npy`` arrays to and from bytes, never through pickle."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+ALLOWED_DTYPES = ("<u2", "<u4", "<i8")
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """``array`` (one dimension, dtype of ``ALLOWED_DTYPES``) as a version 1.0 ``.npy`` file."""
+    assert array.ndim == 1
+    assert array.dtype.str in ALLOWED_DTYPES
+    stream = io.BytesIO()
+    npy_format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def parse_npy(payload: bytes | memoryview) -> np.ndarray:
+    """The array in ``payload`` as a read-only view of it.
+
+    Raises ValueError for anything but a little-endian, one-dimensional array of an allowed dtype that fills the payload
+    exactly; object arrays are refused before any of their bytes is looked at.
+    """
+    stream = io.BytesIO(payload)
+    version = npy_format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"npy version {version} is not (1, 0)")
+    shape, _, dtype = npy_format.read_array_header_1_0(stream)
+    if dtype.hasobject or dtype.str not in ALLOWED_DTYPES:
+        raise ValueError(f"npy dtype {dtype.str!r} is not one of {', '.join(ALLOWED_DTYPES)}")
+    if len(shape) != 1:
+        raise ValueError(f"npy shape {shape} is not one-dimensional")
+    start = stream.tell()
+    if len(payload) - start != shape[0] * dtype.itemsize:
+        found = len(payload) - start
+        raise ValueError(f"npy payload has {found} bytes, its header says {shape[0] * dtype.itemsize}")
+    return np.frombuffer(payload, dtype=dtype, offset=start)

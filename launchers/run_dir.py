@@ -1,0 +1,268 @@
+"""The run directory: one folder that holds all that a run is, and all that it takes to run it again.
+
+A frozen configuration with numbered revisions, exact commands, environment, git state, logs, metrics and
+checkpoints. Everything that touches these paths goes through :class:`RunDir`. Nothing here overwrites a
+record silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launchers import provenance
+from pretrain.tracking.run_files import (
+    atomic_write_text,
+    exclusive_write_text,
+    fsync_directory,
+    latest_config_file,
+)
+
+__all__ = ["RunDir", "RunDirectoryError", "atomic_write_text"]
+
+
+class RunDirectoryError(ValueError):
+    """The folder cannot serve as this run's directory. The message names what was found and the way out."""
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, as on the way through YAML, so that fresh and frozen trees compare equal."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class RunDir:
+    """Paths and records of one run. Make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path, *, created: bool = False) -> None:
+        self.path = path
+        self.created = created
+
+    # ---- paths -----------------------------------------------------------------------------------
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def revisions_path(self) -> Path:
+        return self.path / "revisions"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def artifacts_path(self) -> Path:
+        return self.path / "artifacts"
+
+    @property
+    def mlflow_path(self) -> Path:
+        return self.path / "mlflow.json"
+
+    @property
+    def lease_path(self) -> Path:
+        return self.path / "lease.json"
+
+    @property
+    def logs_path(self) -> Path:
+        return self.path / "logs"
+
+    def attempt_path(self, attempt: int) -> Path:
+        return self.logs_path / f"attempt_{attempt:04d}"
+
+    def rank_log_path(self, attempt: int, rank: int) -> Path:
+        return self.attempt_path(attempt) / f"rank_{rank:05d}.log"
+
+    # ---- making and opening ----------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        tree: Mapping[str, Any],
+        *,
+        root: str | Path = "runs",
+        name: str = "run",
+        path: str | Path | None = None,
+    ) -> RunDir:
+        """Freezes ``tree`` in a new folder ``root/name-YYYYmmdd-HHMMSS``, or at ``path`` when given.
+
+        A ``path`` that already holds exactly this configuration is opened (``created`` is False). Raises
+        RunDirectoryError when it holds another configuration (the fields that differ are named) or other
+        files, or cannot be made.
+        """
+        from pretrain.config.freeze import dump
+
+        plain = _plain(tree)
+        if path is None:
+            folder = _new_folder(Path(root), name)
+        else:
+            folder = Path(path).absolute()
+            if (existing := cls._existing(folder, plain)) is not None:
+                return existing
+            _make_folder(folder)
+        try:
+            exclusive_write_text(folder / "config.yaml", dump(plain))
+        except FileExistsError:
+            # Someone froze a configuration here since we looked: the same rules apply to theirs.
+            existing = cls._existing(folder, plain)
+            assert existing is not None
+            return existing
+        run = cls(folder, created=True)
+        for sub_folder in (run.logs_path, run.checkpoints_path, run.artifacts_path):
+            sub_folder.mkdir(exist_ok=True)
+        fsync_directory(folder)
+        return run
+
+    @classmethod
+    def _existing(cls, folder: Path, tree: dict[str, Any]) -> RunDir | None:
+        from pretrain.config.freeze import differences
+
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        if not (folder / "config.yaml").is_file():
+            raise RunDirectoryError(
+                f"{folder}: the folder is not empty and is not a run directory (no config.yaml); "
+                f"choose another path"
+            )
+        run = cls.open(folder)
+        lines = [str(difference) for difference in differences(run.config(), tree)]
+        if not lines:
+            return run
+        shown = "\n".join(f"  {line}" for line in lines[:30])
+        more = f"\n  ... and {len(lines) - 30} more" if len(lines) > 30 else ""
+        raise RunDirectoryError(
+            f"{folder}: this run directory holds another configuration. "
+            f"Fields that differ (there -> asked for):\n{shown}{more}\n"
+            f"Nothing was changed. Choose another path for a new run, or continue the one there with "
+            f"`pretrain resume {folder}` (fields marked extendable may be changed)."
+        )
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """Opens an existing run directory. Raises RunDirectoryError: what was expected and what is there."""
+        folder = Path(path).absolute()
+        if not folder.exists():
+            raise RunDirectoryError(
+                f"{folder}: no such folder; expected a run directory (a folder with config.yaml)"
+            )
+        if not folder.is_dir():
+            raise RunDirectoryError(f"{folder}: a file; expected a run directory (a folder with config.yaml)")
+        if not (folder / "config.yaml").is_file():
+            inside = sorted(child.parent for child in folder.glob("*/config.yaml"))
+            hint = f" It holds run directories; choose one, e.g. {inside[-1]}." if inside else ""
+            raise RunDirectoryError(
+                f"{folder}: not a run directory: expected a file config.yaml in it.{hint}"
+            )
+        return cls(folder)
+
+    # ---- configuration ---------------------------------------------------------------------------
+
+    def revision(self) -> int:
+        """Number of the highest frozen revision (0: as created)."""
+        return latest_config_file(self.path)[0]
+
+    def config(self) -> dict[str, Any]:
+        """The frozen tree of the highest revision. Raises RunDirectoryError when the file cannot be read."""
+        from pretrain.config.freeze import load
+
+        path = latest_config_file(self.path)[1]
+        try:
+            return load(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(f"{path}: the frozen configuration cannot be read: {error}") from error
+
+    def add_revision(self, tree: Mapping[str, Any], changes: Iterable[object]) -> int:
+        """Freezes ``tree`` as the next revision with ``changes`` as comment lines; returns its number.
+
+        Raises RunDirectoryError when another process adds the same number at the same time.
+        """
+        from pretrain.config.freeze import dump
+
+        number = self.revision() + 1
+        self.revisions_path.mkdir(exist_ok=True)
+        comments = [f"revision {number}, {_now()}", *(line for c in changes for line in str(c).splitlines())]
+        text = "".join(f"# {line}\n" for line in comments) + dump(_plain(tree))
+        target = self.revisions_path / f"{number:04d}.yaml"
+        try:
+            exclusive_write_text(target, text)
+        except FileExistsError as error:
+            raise RunDirectoryError(
+                f"{target}: just added by another process; read it and try again"
+            ) from error
+        return number
+
+    # ---- records of an attempt -------------------------------------------------------------------
+
+    def record_attempt(self, attempt: int, command: Sequence[str], *, source: Path | None = None) -> None:
+        """Appends ``command`` to command.txt and records environment and git state.
+
+        ``source`` is a folder of the code's git repository (default: this package's). The first attempt's
+        records lie in the run directory itself; a later attempt that differs from them writes its own
+        beside its logs.
+        """
+        with open(self.path / "command.txt", "a", encoding="utf-8") as stream:
+            words = shlex.join(str(word) for word in command)
+            stream.write(f"# attempt {attempt}, {_now()}, in {os.getcwd()}\n{words}\n")
+        self._record(attempt, "environment.json", _to_json(provenance.environment()))
+        state, diff = provenance.git_state(source or Path(__file__).resolve().parent)
+        self._record(attempt, "git.json", _to_json(state))
+        self._record(attempt, "git.diff", diff)
+
+    def _record(self, attempt: int, file_name: str, text: str) -> None:
+        first = self.path / file_name
+        try:
+            exclusive_write_text(first, text)
+        except FileExistsError:
+            if first.read_text(encoding="utf-8") != text:
+                self.attempt_path(attempt).mkdir(parents=True, exist_ok=True)
+                atomic_write_text(self.attempt_path(attempt) / file_name, text)
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", name).strip("._") or "run"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    root = root.absolute()
+    _make_folder(root)
+    for suffix in ["", *(f"-{n}" for n in range(2, 1000))]:
+        folder = root / f"{safe}-{stamp}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise RunDirectoryError(f"{root}: no free name for {safe}-{stamp}; set run.name")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunDirectoryError(
+            f"{folder}: a file is in the way of this folder; choose another path or run.root"
+        ) from error
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{folder}: cannot be made ({error.strerror}); choose another path or run.root"
+        ) from error

@@ -1,0 +1,155 @@
+"""Checkpoint folders of a run: naming, the ``latest`` pointer, verification and pruning. Torch-free.
+
+A checkpoint is written under a temporary name and renamed when it is complete, so a folder under its final name was
+once whole; ``latest`` is a text file replaced atomically. A crash during a save leaves only a temporary folder, which
+is never chosen and is swept by the next writer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest, hash_file
+
+_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY = ".tmp_"
+LATEST = "latest"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointStore:
+    """The ``checkpoints`` folder of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints under a final name, ascending."""
+        if not self.root.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.root.iterdir() if entry.is_dir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.root / checkpoint_name(step)
+
+    def temporary_path(self, step: int, attempt: int) -> Path:
+        return self.root / f"{_TEMPORARY}{checkpoint_name(step)}_attempt_{attempt:04d}"
+
+    def sweep(self) -> list[str]:
+        """Remove temporary folders of interrupted saves; returns their names. Call only as the one writer."""
+        if not self.root.is_dir():
+            return []
+        stale = sorted(entry for entry in self.root.iterdir() if entry.name.startswith(_TEMPORARY))
+        for entry in stale:
+            shutil.rmtree(entry, ignore_errors=True)
+        return [entry.name for entry in stale]
+
+    def commit(self, temporary: Path, step: int) -> Path:
+        """Give a complete temporary folder its final name and point ``latest`` at it."""
+        final = self.path(step)
+        fsync_folder(temporary)
+        if final.exists():
+            # A rolled-back run reached this step again. The older twin steps aside first, so a crash in between
+            # leaves one of the two under a name that the next start either uses or sweeps.
+            aside = self.root / f"{_TEMPORARY}replaced_{final.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+            temporary.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(final)
+        fsync_folder(self.root)
+        pointer = self.root / f"{_TEMPORARY}{LATEST}"
+        with pointer.open("w") as stream:
+            stream.write(final.name + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        pointer.replace(self.root / LATEST)
+        fsync_folder(self.root)
+        return final
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove all but the newest ``keep`` checkpoints (0 keeps all); returns the removed steps."""
+        removed = self.steps()[:-keep] if keep > 0 else []
+        for step in removed:
+            # Renamed first: a half-removed folder must not stand under a final name.
+            doomed = self.root / f"{_TEMPORARY}pruned_{checkpoint_name(step)}"
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return removed
+
+    def latest(self) -> Path | None:
+        """Newest checkpoint by the pointer, or by name when the pointer is missing or stale; None when there is none."""
+        steps = self.steps()
+        if not steps:
+            return None
+        try:
+            named = (self.root / LATEST).read_text().strip()
+        except OSError:
+            named = ""
+        match = _NAME.fullmatch(named)
+        if match and (self.root / named).is_dir():
+            return self.root / named
+        return self.path(steps[-1])
+
+    def select(self, choice: str | None) -> Path | None:
+        """Folder for ``choice``: None or ``latest``, a step number, or a folder name.
+
+        Raises:
+            CheckpointError: there is no such checkpoint; names those that exist.
+        """
+        if choice is None or choice == LATEST:
+            return self.latest()
+        name = checkpoint_name(int(choice)) if choice.isdigit() else choice
+        if _NAME.fullmatch(name) and (self.root / name).is_dir():
+            return self.root / name
+        existing = ", ".join(checkpoint_name(step) for step in self.steps()) or "none"
+        raise CheckpointError(f"No checkpoint {choice!r} in {self.root}; existing: {existing}")
+
+
+def verify(folder: Path, files: list[str] | None = None) -> Manifest:
+    """Check sizes and hashes of a checkpoint's files (all, or those named) against its manifest.
+
+    Raises:
+        CorruptCheckpointError: naming the folder, every damaged file, what was found and what was expected.
+    """
+    manifest = Manifest.load(folder)
+    faults = []
+    for name in files if files is not None else sorted(manifest.files):
+        expected, path = manifest.files[name], folder / name
+        if not path.is_file():
+            faults.append(f"{name}: missing")
+        elif path.stat().st_size != expected["bytes"]:
+            faults.append(f"{name}: {path.stat().st_size} bytes, expected {expected['bytes']}")
+        elif (found := hash_file(path)) != expected["xxh3"]:
+            faults.append(f"{name}: hash {found}, expected {expected['xxh3']}")
+    if faults:
+        raise CorruptCheckpointError(f"Checkpoint {folder} is damaged: " + "; ".join(faults))
+    return manifest
+
+
+def intact_before(store: CheckpointStore, step: int) -> Path | None:
+    """Newest checkpoint before ``step`` that passes :func:`verify`; None when there is none."""
+    for candidate in reversed([s for s in store.steps() if s < step]):
+        try:
+            verify(store.path(candidate))
+        except CorruptCheckpointError:
+            continue
+        return store.path(candidate)
+    return None

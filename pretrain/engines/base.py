@@ -1,0 +1,69 @@
+"""The engine seam: what the training loop needs from a back end, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoint.fragment import Fragment
+from pretrain.checkpoint.reader import CheckpointReader
+
+Batch = dict[str, Tensor]
+LossFunction = Callable[[Callable[..., Tensor], Batch], Any]
+
+
+@dataclass
+class StepResult:
+    """Outcome of one optimizer step on this rank.
+
+    ``loss_sum`` is the sum of nats over this rank's target tokens; ``grad_norm`` is the global norm before clipping;
+    ``seconds`` holds the wall time of ``forward``, ``backward`` and ``optimizer``.
+    """
+
+    loss_sum: float
+    grad_norm: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A model with its optimizer on some back end and layout.
+
+    ``module`` is the plain module for evaluation and generation. ``dp_rank`` and ``dp_size`` place this rank in the
+    data-parallel group.
+    """
+
+    module: nn.Module
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
+    ) -> StepResult:
+        """Forward and backward of this rank's micro-batches, one optimizer step.
+
+        The gradient is that of (sum of losses over all ranks and micro-batches) / ``denominator``, the global number
+        of target tokens.
+        """
+        ...
+
+    def eval_step(self, batch: Batch, loss: LossFunction) -> float:
+        """Loss sum (nats) of one batch on this rank, without gradients."""
+        ...
+
+    def export_state(self) -> Iterator[Fragment]:
+        """This rank's share of the canonical state; over all ranks the fragments tile every logical tensor once."""
+        ...
+
+    def scalar_state(self) -> dict[str, float]:
+        """Optimizer state that is one number for the whole model (Adam's step count)."""
+        ...
+
+    def import_state(self, reader: CheckpointReader) -> None:
+        """Take over weights, masters, moments and scalars from a canonical checkpoint of any layout."""
+        ...

@@ -1,0 +1,137 @@
+"""DeepSpeed engine: ZeRO stages 0 to 2 with torch's AdamW, on CUDA with NCCL or on CPU with gloo."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint.fragment import Fragment
+from pretrain.checkpoint.names import canonical_parameters
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.config.schema import Config
+from pretrain.engines.base import Batch, LossFunction, StepResult
+from pretrain.engines.deepspeed_import import import_deepspeed
+from pretrain.engines.deepspeed_settings import deepspeed_settings
+from pretrain.engines.deepspeed_state import DeepSpeedState
+from pretrain.optim.build import build_optimizer
+
+
+class DeepSpeedEngine:
+    """See :class:`pretrain.engines.base.Engine`. Needs an initialised default process group."""
+
+    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        deepspeed = import_deepspeed(device.type)
+        deepspeed.comm.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+        self.device = device
+        self.dp_rank = torch.distributed.get_rank()
+        self.dp_size = torch.distributed.get_world_size()
+        masters = _full_precision_copy(model) if config.train.precision == "bf16" else None
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optimizer),
+            config=deepspeed_settings(config, self.dp_size),
+            dist_init_required=False,
+        )
+        self.module: nn.Module = self._engine.module
+        self._stage = config.engine.zero_stage
+        self._clip_norm = config.train.clip_grad_norm
+        self._state = DeepSpeedState(self._engine, config.engine.zero_stage, self.dp_rank)
+        if masters is not None:
+            self._state.set_masters(masters)
+
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
+    ) -> StepResult:
+        engine = self._engine
+        engine.module.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        clock = _Clock(self.device)
+        # DeepSpeed averages gradients over data-parallel ranks; ours is a sum over one global denominator.
+        scale = self.dp_size / denominator
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        metrics: dict[str, torch.Tensor] = {}
+        last = len(microbatches) - 1
+        for index, batch in enumerate(microbatches):
+            engine.set_gradient_accumulation_boundary(index == last)
+            output = loss(engine, batch)
+            clock.lap("forward")
+            engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            clock.lap("backward")
+            loss_sum += output.loss_sum.detach()
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach()
+            if index != last:
+                engine.step()
+        grad_norm = self._clip() if self._stage == 0 else None
+        engine.step()
+        if grad_norm is None:
+            grad_norm = float(engine.get_global_grad_norm())
+        clock.lap("optimizer")
+        return StepResult(
+            loss_sum=float(loss_sum),
+            grad_norm=grad_norm,
+            metrics={name: float(value) for name, value in metrics.items()},
+            seconds=clock.seconds(),
+        )
+
+    def _clip(self) -> float:
+        """Clip by the global norm at stage 0, where gradients are whole on every rank; DeepSpeed keeps no norm there."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        return float(nn.utils.clip_grad_norm_(trained, self._clip_norm or math.inf))
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch, loss: LossFunction) -> float:
+        self.module.eval()
+        return float(loss(self.module, batch).loss_sum)
+
+    def export_state(self) -> Iterator[Fragment]:
+        return self._state.export()
+
+    def scalar_state(self) -> dict[str, float]:
+        return self._state.scalars()
+
+    def import_state(self, reader: CheckpointReader) -> None:
+        self._state.load(reader, reader.training["optimizer_scalars"])
+
+
+def _full_precision_copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Initial FP32 values by module name, taken before DeepSpeed rounds the parameters to bf16."""
+    return {p.module_name: p.tensor.detach().clone() for p in canonical_parameters(model) if p.tensor.requires_grad}
+
+
+class _Clock:
+    """Wall time per phase: host clock on CPU, events on CUDA so that timing never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, phase: str) -> None:
+        self._marks.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = {}
+        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
+            if isinstance(before, float) and isinstance(after, float):
+                elapsed = after - before
+            else:
+                assert not isinstance(before, float) and not isinstance(after, float)
+                elapsed = before.elapsed_time(after) / 1e3
+            totals[phase] = totals.get(phase, 0.0) + elapsed
+        return totals

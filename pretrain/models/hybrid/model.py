@@ -1,0 +1,154 @@
+"""Hybrid Mamba-2 / attention / MLP language model (Waleffe et al., arXiv 2406.07887).
+
+Shapes: L = sequence length, B = batch, D = model width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from pretrain.models.hybrid.config import HybridConfig
+from pretrain.nn.attention import Attention
+from pretrain.nn.block import Block
+from pretrain.nn.initialisation import constant, initialise, normal
+from pretrain.nn.layout import SequenceLayout
+from pretrain.nn.mamba2 import Mamba2Mixer
+from pretrain.nn.mlp import MLP
+from pretrain.ops.norm import RMSNorm
+from pretrain.parallel.layers import ParallelLayers
+
+
+@dataclass
+class HybridCache:
+    """Generation state: one cache for each layer (None for MLPs) and the number of positions consumed."""
+
+    layers: list[Any]
+    length: int = 0
+
+
+class HybridLM(nn.Module):
+    """Decoder-only language model with one single-sublayer residual layer for each pattern symbol.
+
+    Parameters are named ``embedding.weight``, ``layers.<i>.norm.weight``, ``layers.<i>.mixer.*``, ``final_norm.weight``
+    and, unless tied, ``head.weight``. Their values are undefined until :meth:`reset_parameters` or a checkpoint load.
+    """
+
+    def __init__(self, config: HybridConfig, layers: ParallelLayers) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = layers.embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(
+            Block(RMSNorm(config.width, config.norm_eps), _mixer(symbol, config, layers))
+            for symbol in config.pattern
+        )
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied_embeddings else layers.column(config.width, config.vocab_size)
+
+    def reset_parameters(self, seed: int) -> None:
+        """Initialise every parameter from (seed, canonical name); see :mod:`pretrain.nn.initialisation`.
+
+        Embedding and projections are normal with ``init_std``; projections that write to the residual stream are divided
+        by the square root of the number of layers, so that its variance does not grow with depth.
+        """
+        std = self.config.init_std
+        out_std = std / math.sqrt(len(self.layers))
+        initialisers = {"embedding.weight": normal(std), "head.weight": normal(std)}
+        initialisers["final_norm.weight"] = constant(1.0)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
+            for name, fill in layer.initialisers(std, out_std).items():
+                initialisers[f"layers.{index}.{name}"] = fill
+        initialise(self, initialisers, seed)
+
+    def forward(
+        self, tokens_LB: Tensor, segment_ids_LB: Tensor | None = None, position_ids_LB: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_LB: int [L, B].
+            segment_ids_LB: document of each token within its row (padding: -1, at the end); no information crosses
+                documents. None when every row is one document.
+            position_ids_LB: position of each token within its document; None counts from 0. Only read with ``rope_theta``.
+
+        Returns:
+            logits_LBV in the parameters' dtype.
+
+        Raises:
+            ValueError: if the id tensors are not shaped like the tokens.
+        """
+        layout = SequenceLayout(*tokens_LB.shape, tokens_LB.device, segment_ids_LB, position_ids_LB)
+        x_LBD = self.embedding(tokens_LB)
+        for layer in self.layers:
+            x_LBD = layer(x_LBD, layout)
+        return self._logits(x_LBD)
+
+    def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> HybridCache:
+        """Empty generation cache; ``dtype`` is that of the parameters. Mamba-2 states are always kept in fp32."""
+        device = torch.device(device)
+        return HybridCache([layer.mixer.init_cache(batch_size, dtype, device) for layer in self.layers])  # type: ignore[union-attr,operator]
+
+    @torch.no_grad()
+    def prefill(self, tokens_LB: Tensor, cache: HybridCache) -> Tensor:
+        """Run a prompt (one document a row, equal lengths) through an empty cache; returns logits_LBV.
+
+        Raises:
+            ValueError: if the cache is not empty or the prompt is.
+        """
+        if cache.length or not len(tokens_LB):
+            raise ValueError(
+                f"prefill: found {len(tokens_LB)} tokens and a cache of length {cache.length}, expected at least one token "
+                "and an empty cache; use decode to continue, init_cache to start anew"
+            )
+        return self._advance(tokens_LB, cache)
+
+    @torch.no_grad()
+    def decode(self, tokens_B: Tensor, cache: HybridCache) -> Tensor:
+        """Consume one token for each row and return logits_BV of the next; time independent of length but for attention."""
+        return self._advance(tokens_B.unsqueeze(0), cache).squeeze(0)
+
+    def _advance(self, tokens_LB: Tensor, cache: HybridCache) -> Tensor:
+        layout = SequenceLayout(*tokens_LB.shape, tokens_LB.device, first_position=cache.length)
+        x_LBD = self.embedding(tokens_LB)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_LBD = layer(x_LBD, layout, layer_cache)
+        cache.length += len(tokens_LB)
+        return self._logits(x_LBD)
+
+    def _logits(self, x_LBD: Tensor) -> Tensor:
+        x_LBD = self.final_norm(x_LBD)
+        if self.head is None:
+            return F.linear(x_LBD, self.embedding.weight)
+        return self.head(x_LBD)
+
+
+def _mixer(symbol: str, config: HybridConfig, layers: ParallelLayers) -> nn.Module:
+    if symbol == "M":
+        return Mamba2Mixer(
+            layers,
+            config.width,
+            inner=config.mamba_inner,
+            head_dim=config.mamba_head_dim,
+            state_dim=config.mamba_state_dim,
+            num_groups=config.mamba_groups,
+            conv_kernel=config.mamba_conv_kernel,
+            chunk_size=config.mamba_chunk_size,
+            norm_eps=config.norm_eps,
+        )
+    if symbol == "*":
+        return Attention(
+            layers,
+            config.width,
+            num_heads=config.num_heads,
+            num_kv_heads=config.attention_kv_heads,
+            head_dim=config.attention_head_dim,
+            rope_theta=config.rope_theta,
+        )
+    assert symbol == "-", f"pattern symbol {symbol!r} passed validation but has no mixer"
+    return MLP(layers, config.width, config.mlp_hidden, config.mlp_activation)

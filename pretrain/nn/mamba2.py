@@ -1,0 +1,172 @@
+"""Mamba-2 mixer (Dao & Gu, arXiv 2405.21060).
+
+Shapes: L = sequence length, B = batch, D = model width, H = heads, P = head dim, G = groups, N = state size, K = conv kernel
+width, I = inner width (H * P), C = convolved channels (I + 2 * G * N).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from pretrain.nn.initialisation import (
+    Initialiser,
+    constant,
+    inverse_softplus_step,
+    log_uniform_decay,
+    normal,
+    uniform,
+)
+from pretrain.nn.layout import SequenceLayout
+from pretrain.ops.causal_conv import causal_conv1d, causal_conv1d_final_state, causal_conv1d_step
+from pretrain.ops.norm import RMSNormGated
+from pretrain.ops.ssd import ssd_chunked, ssd_step
+from pretrain.parallel.layers import ParallelLayers, exempt_from_weight_decay
+
+
+@dataclass
+class Mamba2Cache:
+    """Constant-size generation state: the last K - 1 convolution inputs, and the SSM state (fp32)."""
+
+    conv_state_KBC: Tensor
+    ssm_state_BHPN: Tensor
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over time, parameters only: weight [C, K] and bias [C], packed by component."""
+
+    def __init__(self, components: dict[str, int], kernel: int) -> None:
+        super().__init__()
+        channels = sum(components.values())
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = exempt_from_weight_decay(nn.Parameter(torch.empty(channels)))
+        self.canonical_components = {"weight": dict(components), "bias": dict(components)}
+
+
+class Mamba2Mixer(nn.Module):
+    """Selective state-space mixer: x_LBD -> y_LBD.
+
+    One projection gives gate z, input x, B, C and step dt; a causal convolution with SiLU runs jointly over x, B and C; the
+    SSD recurrence h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t, y_t = C_t h_t + D x_t follows, then a gated RMSNorm over groups
+    (gate first) and the output projection. State and convolution restart at document boundaries.
+
+    Args:
+        width: D.
+        inner: I.
+        head_dim, state_dim, num_groups, conv_kernel: P, N, G, K.
+        chunk_size: tokens of a chunk of the SSD algorithm.
+        norm_eps: of the gated RMSNorm.
+    """
+
+    def __init__(
+        self,
+        layers: ParallelLayers,
+        width: int,
+        *,
+        inner: int,
+        head_dim: int,
+        state_dim: int,
+        num_groups: int,
+        conv_kernel: int,
+        chunk_size: int,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.num_heads = inner // head_dim
+        self.head_dim = head_dim
+        self.state_dim = state_dim
+        self.num_groups = num_groups
+        self.conv_kernel = conv_kernel
+        self.chunk_size = chunk_size
+        convolved = {"x": inner, "B": num_groups * state_dim, "C": num_groups * state_dim}
+        self.in_proj = layers.fused_column(width, {"z": inner, **convolved, "dt": self.num_heads})
+        self.conv = ShortConv(convolved, conv_kernel)
+        self.A_log = exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))
+        self.D = exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))
+        self.dt_bias = exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))
+        self.norm = RMSNormGated(inner, num_groups, norm_eps)
+        self.out_proj = layers.row(inner, width)
+
+    def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:
+        """Normal projections; A in (-16, -1], D = 1, step sizes log-uniform in [0.001, 0.1) as in the reference
+        implementation of the paper; convolution as ``torch.nn.Conv1d``."""
+        conv_bound = 1 / math.sqrt(self.conv_kernel)
+        return {
+            "in_proj.weight": normal(std),
+            "conv.weight": uniform(conv_bound),
+            "conv.bias": uniform(conv_bound),
+            "A_log": log_uniform_decay(1.0, 16.0),
+            "D": constant(1.0),
+            "dt_bias": inverse_softplus_step(1e-3, 0.1, floor=1e-4),
+            "norm.weight": constant(1.0),
+            "out_proj.weight": normal(out_std),
+        }
+
+    def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Mamba2Cache:
+        """Zero state."""
+        channels = self.inner + 2 * self.num_groups * self.state_dim
+        return Mamba2Cache(
+            torch.zeros(self.conv_kernel - 1, batch_size, channels, dtype=dtype, device=device),
+            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_dim, device=device),
+        )
+
+    def forward(self, x_LBD: Tensor, layout: SequenceLayout, cache: Mamba2Cache | None = None) -> Tensor:
+        """Mix.
+
+        With a cache, continue from it and update it: either a whole prompt into an empty cache, or one position at a time.
+        """
+        channels = self.inner + 2 * self.num_groups * self.state_dim
+        z_LBI, xBC_LBC, dt_LBH = self.in_proj(x_LBD).split([self.inner, channels, self.num_heads], dim=-1)
+        dt_LBH = F.softplus(dt_LBH.float() + self.dt_bias.float())
+        if cache is None:
+            y_LBI = self._scan(xBC_LBC, dt_LBH, layout)
+        elif len(x_LBD) == 1:
+            y_LBI = self._step(xBC_LBC[0], dt_LBH[0], cache).unsqueeze(0)
+        else:
+            y_LBI = self._scan(xBC_LBC, dt_LBH, layout, cache)
+        return self.out_proj(self.norm(y_LBI, z_LBI))
+
+    def _scan(
+        self, xBC_LBC: Tensor, dt_LBH: Tensor, layout: SequenceLayout, cache: Mamba2Cache | None = None
+    ) -> Tensor:
+        """Whole sequences; with an empty cache, leave the final state in it."""
+        segments = layout.segment_ids_LB
+        if cache is not None:
+            cache.conv_state_KBC = causal_conv1d_final_state(xBC_LBC, self.conv_kernel)
+        xBC_LBC = causal_conv1d(xBC_LBC, self.conv.weight, self.conv.bias, segment_ids_LB=segments)
+        x, B, C = self._heads(xBC_LBC)
+        y_LBHP, state_BHPN = ssd_chunked(
+            x, dt_LBH, self._decay(), B, C, self.D, segment_ids_LB=segments, chunk_size=self.chunk_size
+        )
+        if cache is not None:
+            cache.ssm_state_BHPN = state_BHPN
+        return y_LBHP.flatten(2)
+
+    def _step(self, xBC_BC: Tensor, dt_BH: Tensor, cache: Mamba2Cache) -> Tensor:
+        """One position: [B, C] -> y [B, I]."""
+        xBC_BC, cache.conv_state_KBC = causal_conv1d_step(
+            cache.conv_state_KBC, xBC_BC, self.conv.weight, self.conv.bias
+        )
+        x, B, C = self._heads(xBC_BC)
+        y_BHP, cache.ssm_state_BHPN = ssd_step(cache.ssm_state_BHPN, x, dt_BH, self._decay(), B, C, self.D)
+        return y_BHP.flatten(1)
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split [..., C] into x [..., H, P] and B, C [..., G, N]."""
+        grouped = self.num_groups * self.state_dim
+        x, B, C = xBC.split([self.inner, grouped, grouped], dim=-1)
+        shape = (self.num_groups, self.state_dim)
+        return (
+            x.unflatten(-1, (self.num_heads, self.head_dim)),
+            B.unflatten(-1, shape),
+            C.unflatten(-1, shape),
+        )
+
+    def _decay(self) -> Tensor:
+        """Continuous decay A < 0 per head, fp32."""
+        return -self.A_log.float().exp()

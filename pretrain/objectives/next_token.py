@@ -1,0 +1,65 @@
+"""Next-token prediction over packed documents.
+
+Shapes: B = batch, L = sequence length, V = vocabulary, R = L * B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.objectives.cross_entropy import cross_entropy_rows
+from pretrain.objectives.protocol import LossOutput
+
+
+class NextTokenObjective:
+    """Cross-entropy in nats, summed over the tokens that ``loss_mask`` selects, computed in fp32.
+
+    With ``z_loss`` > 0, ``z_loss * log(Z)^2`` per target is added whenever gradients are recorded; evaluation under
+    ``torch.no_grad`` stays the pure cross-entropy, so that it converts to bits per byte.
+    """
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
+
+    def denominator(self, batch: Mapping[str, Any]) -> float:
+        """Number of target tokens, ``batch["loss_mask"].sum()``."""
+        return float(batch["loss_mask"].sum())
+
+    def __call__(self, model: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> LossOutput:
+        """Loss of one micro-batch.
+
+        Args:
+            model: called as ``model(tokens_LB, segment_ids_LB, position_ids_LB)``, returns logits_LBV.
+            batch: ``tokens``, ``targets``, ``loss_mask`` [B, L]; ``segment_ids`` and ``position_ids`` [B, L], as in
+                :meth:`pretrain.models.hybrid.model.HybridLM.forward`.
+
+        Returns:
+            ``loss_sum``; with z-loss in training, ``metrics`` holds its parts ``cross_entropy`` and ``z_loss``.
+        """
+        tokens_LB = batch["tokens"].t().long()
+        targets_LB = batch["targets"].t().long()
+        segment_ids_LB = batch["segment_ids"].t()
+        logits_LBV = model(
+            tokens_LB,
+            None if _single_documents(segment_ids_LB) else segment_ids_LB,
+            batch["position_ids"].t(),
+        )
+        mask_R = batch["loss_mask"].t().flatten()
+        targets_R = targets_LB.flatten().masked_fill(~mask_R, 0)
+        loss_R, log_z_R = cross_entropy_rows(logits_LBV.flatten(0, 1), targets_R)
+        cross_entropy = loss_R.masked_fill(~mask_R, 0.0).sum()
+        if self.z_loss == 0 or not torch.is_grad_enabled():
+            return LossOutput(cross_entropy)
+        z_loss = self.z_loss * log_z_R.masked_fill(~mask_R, 0.0).square().sum()
+        parts = {"cross_entropy": cross_entropy.detach(), "z_loss": z_loss.detach()}
+        return LossOutput(cross_entropy + z_loss, parts)
+
+
+def _single_documents(segment_ids_LB: Tensor) -> bool:
+    """Whether every row is one document without padding: then masks can be left out. Looked up on the CPU only, where
+    reading the answer does not wait for a device."""
+    return segment_ids_LB.device.type == "cpu" and not bool(segment_ids_LB.any())

@@ -1,0 +1,37 @@
+"""Optimizers from configuration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint.names import canonical_parameters
+from pretrain.config.schema import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: decayed, and exempt (``param.no_weight_decay``, or fewer than two dimensions)."""
+    decayed, exempt = [], []
+    for parameter in canonical_parameters(model):
+        tensor = parameter.tensor
+        if not tensor.requires_grad:
+            continue
+        (exempt if getattr(tensor, "no_weight_decay", False) or tensor.ndim < 2 else decayed).append(tensor)
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's own AdamW: its state is a step count and two moments, so a resumed run repeats it bit for bit.
+
+    (DeepSpeed's CPU Adam keeps running powers of beta that are recomputed on load and differ in the last bits.)
+    """
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=tuple(config.betas),
+        eps=config.eps,
+    )

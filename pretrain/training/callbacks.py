@@ -1,0 +1,162 @@
+"""The loop's own callbacks: metrics, checkpoints, validation, text samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.parallel.process import gather_objects
+from pretrain.training.callback import Callback
+from pretrain.training.evaluate import evaluate
+from pretrain.training.loop import Trainer
+from pretrain.training.sampling import TextSampler
+from pretrain.training.state import StepRecord
+
+
+class EventLog(Protocol):
+    """Where rank 0 writes events; other ranks hold a log that drops them."""
+
+    def write(self, event: str, **fields: Any) -> None: ...
+
+
+class NullLog:
+    def write(self, event: str, **fields: Any) -> None:
+        pass
+
+
+class MetricsCallback(Callback):
+    """One ``train`` event every ``log_interval`` steps."""
+
+    name = "metrics"
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        train = trainer.config.train
+        if record.step % max(train.log_interval, 1) and record.step != train.steps:
+            return
+        seconds = {f"{phase}_s": round(value, 6) for phase, value in record.seconds.items()}
+        metrics = {
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "tokens": trainer.state.tokens,
+            "tokens_per_s": round(record.tokens / record.seconds["step"], 1),
+            "memory_gib": round(record.memory_gib, 4),
+            **seconds,
+            **record.metrics,
+        }
+        self._log.write("train", step=record.step, metrics=metrics)
+
+
+class EvaluationCallback(Callback):
+    """Validation every ``eval_interval`` steps on ``eval_samples`` samples, and on the whole split at the end."""
+
+    name = "evaluation"
+
+    def __init__(self, log: EventLog, source: Any) -> None:
+        self._log = log
+        self._source = source
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        train = trainer.config.train
+        last = record.step == train.steps
+        if last or (train.eval_interval and record.step % train.eval_interval == 0):
+            self._log.write("phase", name="validation", step=record.step)
+            started = time.perf_counter()
+            metrics = evaluate(
+                trainer.engine,
+                trainer.objective,
+                self._source,
+                batch_size=train.micro_batch_size,
+                num_samples=None if last else train.eval_samples,
+            )
+            seconds = round(time.perf_counter() - started, 3)
+            self._log.write("eval", step=record.step, metrics=metrics, seconds=seconds)
+
+
+class CheckpointCallback(Callback):
+    """Saves every ``checkpoint_interval`` steps, at the end and at a stop request; prunes old checkpoints."""
+
+    name = "checkpoint"
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        log: EventLog,
+        *,
+        rank: int,
+        attempt: int,
+        fence: Callable[[], None],
+        facts: dict[str, Any],
+    ) -> None:
+        self._store = store
+        self._log = log
+        self._rank = rank
+        self._attempt = attempt
+        self._fence = fence
+        self._facts = facts
+        self._saved_step: int | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        # A run that starts from a checkpoint need not save the same state again.
+        self._saved_step = trainer.state.step
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        interval = trainer.config.train.checkpoint_interval
+        if interval and record.step % interval == 0:
+            self._save(trainer)
+
+    def on_end(self, trainer: Trainer, interrupted: bool) -> None:
+        if self._saved_step != trainer.state.step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        started = time.perf_counter()
+        step = trainer.state.step
+        training = {
+            **self._facts,
+            **trainer.state.to_dict(),
+            "seed": trainer.config.run.seed,
+            "schedule": dataclasses.asdict(trainer.config.optimizer.schedule),
+            "optimizer_scalars": trainer.engine.scalar_state(),
+            "callbacks": {callback.name: callback.state_dict() for callback in trainer.callbacks},
+        }
+        path = save_checkpoint(
+            self._store,
+            list(trainer.engine.export_state()),
+            training,
+            step=step,
+            attempt=self._attempt,
+            rank=self._rank,
+            gather=gather_objects,
+            fence=self._fence,
+        )
+        self._saved_step = step
+        if self._rank == 0:
+            self._store.prune(trainer.config.train.keep_checkpoints)
+        seconds = round(time.perf_counter() - started, 3)
+        self._log.write("checkpoint", step=step, path=str(path), seconds=seconds)
+
+
+class SamplingCallback(Callback):
+    """Text samples from ``sample_prompts`` every ``sample_interval`` steps and at the end, on rank 0 alone."""
+
+    name = "sampling"
+
+    def __init__(self, log: EventLog, sampler: TextSampler) -> None:
+        self._log = log
+        self._sampler = sampler
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        train = trainer.config.train
+        if record.step != train.steps and (not train.sample_interval or record.step % train.sample_interval):
+            return
+        for prompt in train.sample_prompts:
+            text = self._sampler.complete(trainer.engine.module, prompt, train.sample_tokens, seed=trainer.config.run.seed)
+            self._log.write("sample", step=record.step, prompt=prompt, text=text)

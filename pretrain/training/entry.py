@@ -1,0 +1,263 @@
+"""Entry of one rank: ``python -m pretrain.training.entry RUN_DIR [--checkpoint NAME]``.
+
+Reads the frozen configuration only, joins the other ranks and trains. Exit codes are those of
+:mod:`launchers.exit_codes`; they reach the launcher unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.exit_codes import ExitCode
+from pretrain.training.signals import StopRequest
+
+if TYPE_CHECKING:
+    from launchers.run_dir import RunDir
+    from pretrain.config.schema import Config
+    from pretrain.parallel.process import ProcessEnvironment
+
+logger = logging.getLogger("pretrain")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank to its end; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="pretrain.training.entry", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--checkpoint", default=None, help="folder name or step to continue from (default: latest)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(
+        stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    # Installed before the slow imports, so that a stop request during start-up is honoured at the first step boundary.
+    stop = StopRequest()
+    stop.install()
+    try:
+        return _start(arguments.run_dir, arguments.checkpoint, stop)
+    except Exception as error:
+        return _report_failure(error)
+
+
+def _report_failure(error: Exception) -> ExitCode:
+    from launchers.lease import FencedError
+    from launchers.run_dir import RunDirectoryError
+    from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError
+
+    code = ExitCode.FAILED
+    if isinstance(error, CorruptCheckpointError):
+        code = ExitCode.CORRUPTED_CHECKPOINT
+    elif isinstance(error, RunDirectoryError | FencedError):
+        code = ExitCode.RUN_DIRECTORY_REFUSED
+    elif isinstance(error, ValueError) and not isinstance(error, CheckpointError):
+        code = ExitCode.INVALID_INPUT
+    elif isinstance(error, CheckpointError):
+        code = ExitCode.INVALID_INPUT if "holds another model" in str(error) else ExitCode.FAILED
+    traceback.print_exc()
+    logger.error("%s", error)
+    return code
+
+
+def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
+    from launchers.run_dir import RunDir
+    from pretrain.config.check import check
+    from pretrain.config.components import add_import_paths
+    from pretrain.parallel.process import ProcessEnvironment
+
+    env = ProcessEnvironment.read()
+    run = RunDir.open(path)
+    tree = run.config()
+    add_import_paths(tree.get("run", {}).get("import_paths") or [])
+    config = check(tree)
+    return _Rank(run, tree, config, env, stop).train(checkpoint)
+
+
+class _Rank:
+    """One rank's parts, from frozen configuration to exit code."""
+
+    def __init__(
+        self, run: RunDir, tree: dict[str, Any], config: Config, env: ProcessEnvironment, stop: StopRequest
+    ) -> None:
+        self.run = run
+        self.tree = tree
+        self.config = config
+        self.env = env
+        self.stop = stop
+        self.log: Any = None
+        self.tracker: Any = None
+
+    def train(self, checkpoint: str | None) -> int:
+        import os
+
+        import torch
+
+        from launchers.lease import check_attempt
+        from pretrain.parallel.process import join_process_group, select_device
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.manual_seed(self.config.run.seed)
+        device = select_device(self.config.launcher.device, self.env.local_rank)
+        check_attempt(self.run, self.env.attempt)
+        join_process_group(self.env, device)
+        try:
+            self._open_log()
+            self._phase("building model and engine")
+            interrupted = self._train(device, checkpoint)
+        except BaseException as error:
+            self._end("failed", f"{type(error).__name__}: {error}")
+            raise
+        torch.distributed.barrier()
+        self._end("interrupted" if interrupted else "finished", self.stop.signal_name or "")
+        torch.distributed.destroy_process_group()
+        return ExitCode.RESUMABLE if interrupted else ExitCode.FINISHED
+
+    def _open_log(self) -> None:
+        from launchers.lease import check_attempt
+        from pretrain.training.callbacks import NullLog
+
+        self.log = NullLog()
+        if self.env.rank == 0:
+            from pretrain.tracking.metrics_log import MetricsLog
+
+            self.log = MetricsLog(
+                self.run.metrics_path, self.env.attempt, fence=lambda: check_attempt(self.run, self.env.attempt)
+            )
+
+    def _phase(self, name: str) -> None:
+        self.log.write("phase", name=name)
+
+    def _train(self, device: Any, checkpoint: str | None) -> bool:
+        from data_pipeline.loader import StepLoader
+        from pretrain.checkpoint.store import CheckpointStore
+        from pretrain.config.components import build_component
+        from pretrain.engines.deepspeed import DeepSpeedEngine
+        from pretrain.parallel.layers import TorchLayers
+        from pretrain.training.loop import Trainer
+        from pretrain.training.report import write_report
+        from pretrain.training.resume import resume
+
+        config = self.config
+        sources = build_component(config.data, seed=config.run.seed)
+        objective = build_component(config.objective)
+        model = build_component(config.model, layers=TorchLayers())
+        reset = getattr(model, "reset_parameters", None)
+        if reset is not None:
+            reset(config.run.seed)
+        engine = DeepSpeedEngine(model, config, device)
+
+        store = CheckpointStore(self.run.checkpoints_path)
+        if self.env.rank == 0:
+            for name in store.sweep():
+                logger.info("removed %s, left by an interrupted save", name)
+        state, callback_states = resume(store, checkpoint, engine, self.env, sources.train.fingerprint)
+        callbacks = self._callbacks(engine, store, sources)
+        for callback in callbacks:
+            callback.load_state_dict(callback_states.get(callback.name, {}))
+
+        def open_stream(first_step: int) -> StepLoader:
+            train = config.train
+            return StepLoader(
+                sources.train,
+                global_batch=train.global_batch_size,
+                micro_batch=train.micro_batch_size,
+                dp_rank=engine.dp_rank,
+                dp_size=engine.dp_size,
+                start_step=first_step,
+            )
+
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.log.write(
+            "start",
+            step=state.step,
+            steps=config.train.steps,
+            world_size=self.env.world_size,
+            parameters=num_parameters,
+            device=str(device),
+            precision=config.train.precision,
+            tokens_per_step=config.train.global_batch_size * getattr(config.data, "sequence_length", 1),
+            resumed=state.step > 0,
+        )
+        self._start_tracker(sources, num_parameters)
+        trainer = Trainer(
+            config=config,
+            engine=engine,
+            objective=objective,
+            open_stream=open_stream,
+            state=state,
+            stop=self.stop,
+            callbacks=callbacks,
+        )
+        interrupted = trainer.run()
+        if self.env.rank == 0 and not interrupted:
+            self._phase("writing the report")
+            write_report(self.run, self.config, sources)
+        for source in (sources.train, sources.validation):
+            if source is not None:
+                source.close()
+        return interrupted
+
+    def _callbacks(self, engine: Any, store: Any, sources: Any) -> list[Any]:
+        from launchers.lease import check_attempt
+        from pretrain.config.freeze import config_digest
+        from pretrain.training import callbacks as own
+        from pretrain.training.sampling import TextSampler
+
+        facts = {
+            "data_fingerprint": sources.train.fingerprint,
+            "config_digest": config_digest(self.tree),
+            "revision": self.run.revision(),
+            "world_size": self.env.world_size,
+            "precision": self.config.train.precision,
+        }
+        result: list[Any] = [own.MetricsCallback(self.log)]
+        if sources.validation is not None:
+            result.append(own.EvaluationCallback(self.log, sources.validation))
+        wants_samples = self.env.rank == 0 and self.config.train.sample_prompts and sources.tokenizer_path
+        if wants_samples and TextSampler.supports(engine.module):
+            result.append(own.SamplingCallback(self.log, TextSampler(sources.tokenizer_path)))
+        result.append(
+            own.CheckpointCallback(
+                store,
+                self.log,
+                rank=self.env.rank,
+                attempt=self.env.attempt,
+                fence=lambda: check_attempt(self.run, self.env.attempt),
+                facts=facts,
+            )
+        )
+        return result
+
+    def _start_tracker(self, sources: Any, num_parameters: int) -> None:
+        if self.env.rank == 0 and self.config.tracking.enabled:
+            from pretrain.tracking.mlflow_tracker import MlflowTracker
+
+            self.tracker = MlflowTracker(
+                self.run.path,
+                self.config.tracking,
+                attempt=self.env.attempt,
+                run_name=self.run.path.name,
+                tags={
+                    "data_fingerprint": sources.train.fingerprint,
+                    "parameters": str(num_parameters),
+                    "world_size": str(self.env.world_size),
+                },
+                artifacts=[path for path in [sources.tokenizer_path] if path],
+            )
+
+    def _end(self, status: str, message: str) -> None:
+        if self.env.rank != 0:
+            return
+        try:
+            if self.log is not None:
+                self.log.write("end", status=status, message=message)
+        except Exception as error:  # A lost lease, a full disk: the original failure matters more.
+            logger.error("could not record the end of the run: %s", error)
+        if self.tracker is not None:
+            self.tracker.close(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Validation loss and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pretrain.engines.base import Engine
+from pretrain.parallel.process import all_reduce_floats
+from pretrain.training.batches import to_device, to_tensors
+
+
+def evaluate(
+    engine: Engine, objective: Any, source: Any, *, batch_size: int, num_samples: int | None = None
+) -> dict[str, float]:
+    """Mean loss (nats per target token) over the first ``num_samples`` samples of a finite source (None: all).
+
+    Samples are dealt to data-parallel ranks in turn and sums are taken in float64. Over the whole source the result
+    also holds bits per UTF-8 byte: total nats / ln 2 / bytes of the text behind the targets.
+    """
+    total = source.num_samples if num_samples is None else min(num_samples, source.num_samples)
+    mine = list(range(engine.dp_rank, total, engine.dp_size))
+    loss_sum = targets = 0.0
+    for start in range(0, len(mine), batch_size):
+        batch = to_tensors(source.batch(mine[start : start + batch_size]))
+        targets += float(objective.denominator(batch))
+        loss_sum += engine.eval_step(to_device(batch, engine.device), objective)
+    loss_sum, targets = all_reduce_floats([loss_sum, targets])
+    metrics = {"validation_loss": loss_sum / max(targets, 1.0)}
+    if total == source.num_samples and getattr(source, "num_bytes", None):
+        metrics["validation_bits_per_byte"] = loss_sum / math.log(2) / source.num_bytes
+    return metrics

@@ -1,0 +1,135 @@
+"""The training loop: one for every engine, model, objective and data source."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+
+from pretrain.config.schema import Config
+from pretrain.engines.base import Engine
+from pretrain.optim.schedule import learning_rate
+from pretrain.parallel.process import all_reduce_floats
+from pretrain.training.batches import to_device, to_tensors
+from pretrain.training.callback import Callback
+from pretrain.training.signals import StopRequest
+from pretrain.training.state import StepRecord, TrainState
+
+HostBatch = dict[str, np.ndarray]
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient norm is not a finite number."""
+
+
+class StepStream(Protocol):
+    """Micro-batches of this rank, one list a step."""
+
+    def __iter__(self) -> Iterator[list[HostBatch]]: ...
+
+    def close(self) -> None: ...
+
+
+class Trainer:
+    """Runs optimizer steps from ``state.step`` up to ``config.train.steps``.
+
+    ``open_stream(first_step)`` gives this rank's micro-batches from that step on. Everything a step depends on follows
+    from (configuration, seed, step), so a run continued from a checkpoint repeats an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        engine: Engine,
+        objective: Any,
+        open_stream: Callable[[int], StepStream],
+        state: TrainState,
+        stop: StopRequest,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.objective = objective
+        self.state = state
+        self.callbacks = list(callbacks)
+        self._open_stream = open_stream
+        self._stop = stop
+        self._process = psutil.Process(os.getpid())
+
+    def run(self) -> bool:
+        """Train; returns True when stopped by request before the last step.
+
+        Raises:
+            NonFiniteError: at a loss or gradient norm that is not finite; that step's weights are not saved.
+        """
+        interrupted = False
+        stream = self._open_stream(self.state.step)
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            steps = iter(stream)
+            while self.state.step < self.config.train.steps:
+                record = self._step(steps)
+                if record is None:
+                    interrupted = True
+                    break
+                for callback in self.callbacks:
+                    callback.after_step(self, record)
+            for callback in self.callbacks:
+                callback.on_end(self, interrupted)
+        finally:
+            stream.close()
+        return interrupted
+
+    def _step(self, steps: Iterator[list[HostBatch]]) -> StepRecord | None:
+        """One optimizer step; None when any rank was asked to stop before it."""
+        started = time.perf_counter()
+        host_batches = [to_tensors(arrays) for arrays in next(steps)]
+        targets = float(sum(self.objective.denominator(batch) for batch in host_batches))
+        batches = [to_device(batch, self.engine.device) for batch in host_batches]
+        data_s = time.perf_counter() - started
+
+        denominator, stops = all_reduce_floats([targets, float(self._stop.requested)])
+        if stops:
+            return None
+        if denominator <= 0:
+            raise ValueError(
+                f"Step {self.state.step}: the global batch holds no target token; check the data set's loss mask"
+            )
+        rate = learning_rate(
+            self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step
+        )
+        result = self.engine.train_step(batches, self.objective, denominator, rate)
+
+        memory = (
+            torch.cuda.max_memory_allocated() if self.engine.device.type == "cuda" else self._process.memory_info().rss
+        )
+        names = sorted(result.metrics)
+        loss_sum, memory_sum, *sums = all_reduce_floats(
+            [result.loss_sum, float(memory), *(result.metrics[name] for name in names)]
+        )
+        loss = loss_sum / denominator
+        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+            raise NonFiniteError(
+                f"Step {self.state.step}: loss {loss}, gradient norm {result.grad_norm}. Nothing was saved after the "
+                "last checkpoint; resume from it with a lower optimizer.learning_rate in a new run, or inspect the "
+                f"global samples {self.state.samples}..{self.state.samples + self.config.train.global_batch_size - 1}."
+            )
+        self.state.advance(self.config.train.global_batch_size, round(denominator))
+        return StepRecord(
+            step=self.state.step,
+            loss=loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            tokens=round(denominator),
+            metrics={name: value / denominator for name, value in zip(names, sums, strict=True)},
+            seconds={"step": time.perf_counter() - started, "data": data_s, **result.seconds},
+            memory_gib=memory_sum / 2**30,
+        )

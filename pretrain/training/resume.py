@@ -1,0 +1,71 @@
+"""Continuing from a checkpoint: choose it, verify it together, hand it to the engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.store import CheckpointStore, intact_before, verify
+from pretrain.engines.base import Engine
+from pretrain.parallel.process import ProcessEnvironment, gather_objects
+from pretrain.training.state import TrainState
+
+logger = logging.getLogger("pretrain")
+
+
+def resume(
+    store: CheckpointStore, choice: str | None, engine: Engine, env: ProcessEnvironment, data_fingerprint: str
+) -> tuple[TrainState, dict[str, Any]]:
+    """Load the chosen checkpoint (None: the latest, if any) into ``engine``.
+
+    Returns the loop's state and the callbacks' states. Every rank returns, or every rank raises.
+
+    Raises:
+        CorruptCheckpointError: naming the damaged file and the newest intact checkpoint before it.
+        CheckpointError: no such checkpoint, another model, or other data than the checkpoint was trained on.
+    """
+    folder = store.select(choice)
+    if folder is None:
+        return TrainState(), {}
+    verify_together(store, folder, env)
+    reader = CheckpointReader(folder)
+    found = reader.training["data_fingerprint"]
+    if found != data_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on data with fingerprint {found}, the data set now has {data_fingerprint}: the order "
+            "of samples would not continue. Restore the data set of the run, or start a new run on the new data."
+        )
+    engine.import_state(reader)
+    state = TrainState.from_dict(reader.training)
+    logger.info("continuing from %s at step %d", folder, state.step)
+    return state, reader.training["callbacks"]
+
+
+def verify_together(store: CheckpointStore, folder: Path, env: ProcessEnvironment) -> None:
+    """Check hashes with the files dealt to ranks; raise the same error on every rank."""
+    failure = None
+    try:
+        files = sorted(Manifest.load(folder).files)[env.rank :: env.world_size]
+        verify(folder, files)
+    except CorruptCheckpointError as error:
+        failure = str(error)
+    failures = sorted({text for text in gather_objects(failure) if text})
+    if failures:
+        raise CorruptCheckpointError(damage_message(store, folder, failures))
+
+
+def damage_message(store: CheckpointStore, folder: Path, failures: list[str]) -> str:
+    """The damage and the way out: the newest intact checkpoint before this one."""
+    step = int(folder.name.removeprefix("step_"))
+    previous = intact_before(store, step)
+    if previous is None:
+        way_out = "No earlier intact checkpoint exists; start a new run."
+    else:
+        way_out = (
+            f"The newest intact checkpoint before it is {previous.name}: continue from it with "
+            f"`pretrain resume {store.root.parent} --checkpoint {previous.name}`."
+        )
+    return " ".join([*failures, way_out])
