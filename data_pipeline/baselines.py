@@ -17,12 +17,14 @@ _BIGRAM_TRAINING_TOKENS = 1 << 26
 
 
 def bigram_bits_per_byte(path: str | os.PathLike[str]) -> float:
-    """Bits per UTF-8 byte of a token bigram model on the validation split: every target of it, end tokens included.
+    """Bits per UTF-8 byte of a token bigram model on the validation split: every target of it, end tokens
+    included.
 
-    Counted on the training split (at most 2^26 tokens), with absolute discounting interpolated with the unigram (Ney,
-    Essen & Kneser 1994): ``P(b|a) = max(c(ab) - d, 0) / c(a) + d * N1+(a.) / c(a) * P(b)``, ``d = n1 / (n1 + 2 n2)``, where
-    n1 and n2 are the numbers of bigrams seen once and twice and N1+(a.) that of distinct successors of a; the unigram
-    ``P(b)`` is add-one smoothed over the vocabulary. After an unseen ``a`` the model is the unigram.
+    Counted on the training split (at most 2^26 tokens), with absolute discounting interpolated with the
+    unigram (Ney, Essen & Kneser 1994): ``P(b|a) = max(c(ab) - d, 0) / c(a) + d * N1+(a.) / c(a) * P(b)``, ``d
+    = n1 / (n1 + 2 n2)``, where n1 and n2 are the numbers of bigrams seen once and twice and N1+(a.) that of
+    distinct successors of a; the unigram ``P(b)`` is add-one smoothed over the vocabulary. After an unseen
+    ``a`` the model is the unigram.
 
     Raises ValueError when the dataset holds out no documents.
     """
@@ -53,15 +55,16 @@ def bigram_bits_per_byte(path: str | os.PathLike[str]) -> float:
 def xz_bits_per_byte(path: str | os.PathLike[str]) -> float:
     """Bits per UTF-8 byte of the validation documents, joined in stored order, under ``xz -9e``.
 
-    Raises ValueError when the dataset holds out no documents, or when its tokenizer does not give the text back exactly.
+    Raises ValueError when the dataset holds out no documents, or when its tokenizer does not give the text
+    back exactly.
     """
     manifest = _with_validation(path)
     text = b"".join(document_texts(manifest, "validation"))
     num_bytes = int(manifest.split("validation")["bytes"])
     if len(text) != num_bytes:
         raise ValueError(
-            f"{manifest.folder}: the held-out tokens decode to {len(text)} bytes, the documents had {num_bytes}; the "
-            "tokenizer is not lossless, so there is no text to compress."
+            f"{manifest.folder}: the held-out tokens decode to {len(text)} bytes, the documents had "
+            f"{num_bytes}; the tokenizer is not lossless, so there is no text to compress."
         )
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / num_bytes
 

@@ -1,4 +1,5 @@
-"""The verb ``pretrain data``: prepare, inspect and verify datasets. Imports nothing heavy until a verb runs."""
+"""The verb ``pretrain data``: prepare, inspect and verify datasets. Imports nothing heavy until a verb
+runs."""
 
 from __future__ import annotations
 
@@ -35,16 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=0.02,
             help="share of bytes to hold out (default: %(default)s)",
         )
-        kind.add_argument(
-            "--block-tokens", type=int, help="tokens in a block (default: by the size of the set)"
-        )
-        kind.add_argument(
-            "--shard-bytes", type=int, default=1 << 28, help="size of a shard (default: %(default)s)"
-        )
+        kind.add_argument("--block-tokens", type=int, help="tokens in a block (default: by the size of the set)")
+        kind.add_argument("--shard-bytes", type=int, default=1 << 28, help="size of a shard (default: %(default)s)")
         kind.add_argument("--workers", type=int, help="tokenising processes (default: usable cores)")
-        kind.add_argument(
-            "--seed", type=int, default=0, help="keys the split and the shuffle (default: %(default)s)"
-        )
+        kind.add_argument("--seed", type=int, default=0, help="keys the split and the shuffle (default: %(default)s)")
         kind.add_argument("--force", action="store_true", help="replace a dataset that is already there")
     inspect = verbs.add_parser("inspect", help="print what a dataset holds")
     inspect.add_argument("path", help="dataset folder")
@@ -53,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen verb; returns the exit code (0 done, 2 invalid input or damaged data, 1 other failure)."""
+    """Run the chosen verb; returns the exit code (0 done, 2 invalid input or damaged data, 1 other
+    failure)."""
     verb: Callable[[argparse.Namespace], int] = {
         "prepare": _prepare,
         "inspect": _inspect,
@@ -152,15 +148,14 @@ def _verify(args: argparse.Namespace) -> int:
     for fault in faults:
         print(fault)
     shards = sum(len(split["shards"]) for split in Manifest.load(args.path).content["splits"].values())
-    print(
-        f"{shards} shards checked: {len(faults)} faults" if faults else f"{shards} shards checked: all sound"
-    )
+    print(f"{shards} shards checked: {len(faults)} faults" if faults else f"{shards} shards checked: all sound")
     return _EXIT_INVALID if faults else 0
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Progress on stderr: a rich bar on a terminal, else a line per phase and at each further quarter of it."""
+    """Progress on stderr: a rich bar on a terminal, else a line per phase and at each further quarter of
+    it."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress as Bar

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class TextDataConfig:
     """Packed text from a folder made by ``pretrain data prepare``.
 
-    ``sequence_length`` counts positions (input tokens) in a row. ``num_lanes`` is the number of independent streams
-    that the global order interleaves; None takes what the dataset recommends for its size.
+    ``sequence_length`` counts positions (input tokens) in a row. ``num_lanes`` is the number of independent
+    streams that the global order interleaves; None takes what the dataset recommends for its size.
     """
 
     path: str

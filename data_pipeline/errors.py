@@ -1,10 +1,12 @@
-"""Errors of the data pipeline. All are the user's to solve, so each message says what, where and the way out."""
+"""Errors of the data pipeline. All are the user's to solve, so each message says what, where and the way
+out."""
 
 from __future__ import annotations
 
 
 class DamagedDataError(ValueError):
-    """A shard, sidecar or manifest does not hold what was written: names the file, the byte or member, the remedy."""
+    """A shard, sidecar or manifest does not hold what was written: names the file, the byte or member, the
+    remedy."""
 
 
 class DatasetExistsError(ValueError):

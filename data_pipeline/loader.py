@@ -1,7 +1,7 @@
 """Micro-batches of each step for one data-parallel rank, prefetched by one blocking thread.
 
-One thread, not worker processes: handing a batch of text between processes costs more than making it. It waits on a
-bounded queue and never polls, so it takes no cycles from the training thread.
+One thread, not worker processes: handing a batch of text between processes costs more than making it. It
+waits on a bounded queue and never polls, so it takes no cycles from the training thread.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ class _End:
     pass
 
 
-def micro_batch_indices(
-    step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
-) -> list[range]:
+def micro_batch_indices(step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
     """Global sample indices of each micro-batch of ``dp_rank`` in ``step`` (0-based).
 
-    Micro-batch m of rank r is ``step * global_batch + m * (micro_batch * dp_size) + r * micro_batch + [0, micro_batch)``,
-    so the global batch is the same set for any number of ranks and any micro-batch.
+    Micro-batch m of rank r is ``step * global_batch + m * (micro_batch * dp_size) + r * micro_batch + [0,
+    micro_batch)``, so the global batch is the same set for any number of ranks and any micro-batch.
     """
     first = step * global_batch + dp_rank * micro_batch
     stride = micro_batch * dp_size
@@ -45,9 +43,10 @@ def micro_batch_indices(
 class StepLoader:
     """Iterates over steps, from ``start_step`` on; each item is the list of this rank's micro-batches.
 
-    An endless source gives an endless loader. A finite one ends after ``ceil(num_samples / global_batch)`` steps; the
-    rows past its end are padding with no target, so that every rank sees the same number of equal-shaped micro-batches.
-    An error in the thread is raised in the consumer, at the step that it belongs to and at every call after.
+    An endless source gives an endless loader. A finite one ends after ``ceil(num_samples / global_batch)``
+    steps; the rows past its end are padding with no target, so that every rank sees the same number of
+    equal-shaped micro-batches. An error in the thread is raised in the consumer, at the step that it belongs
+    to and at every call after.
 
     Raises ValueError when ``global_batch`` is not a multiple of ``micro_batch * dp_size``.
     """
@@ -74,9 +73,7 @@ class StepLoader:
         self._queue: queue.Queue[MicroBatches | _Failure | _End] = queue.Queue(_PREFETCH_STEPS)
         self._stopping = threading.Event()
         self._last: _Failure | _End | None = None
-        self._thread = threading.Thread(
-            target=self._produce, args=(start_step,), name="data-prefetch", daemon=True
-        )
+        self._thread = threading.Thread(target=self._produce, args=(start_step,), name="data-prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[MicroBatches]:
@@ -105,7 +102,8 @@ class StepLoader:
     def close(self) -> None:
         """Stop the thread and wait for it. The source stays open. Iterating afterwards ends at once."""
         self._stopping.set()
-        # The thread may be blocked on a full queue; emptied once, the queue has room for all that it can still put.
+        # The thread may be blocked on a full queue; emptied once, the queue has room for all that it can
+        # still put.
         while True:
             try:
                 self._queue.get_nowait()
@@ -128,9 +126,7 @@ class StepLoader:
                 if num_samples is not None and step * self._layout[0] >= num_samples:
                     self._queue.put(_End())
                     return
-                self._queue.put(
-                    [self._rows(r, num_samples) for r in micro_batch_indices(step, *self._layout)]
-                )
+                self._queue.put([self._rows(r, num_samples) for r in micro_batch_indices(step, *self._layout)])
                 step += 1
         except BaseException as error:  # handed over whole: the consumer decides
             self._queue.put(_Failure(error))

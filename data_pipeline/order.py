@@ -1,8 +1,9 @@
 """Which row of which segment is global sample g: a pure function of (seed, plan, number of lanes).
 
-Global sample g is position ``g // L`` of lane ``g % L``. In epoch e the segments are permuted by a key of (seed, split,
-e); lane l takes every L-th of them starting at ``(l + e) % L``, so that when L does not divide the number of segments
-every lane takes its turn at the longer share. A lane rolls into its next epoch on its own: no padding, no epoch barrier.
+Global sample g is position ``g // L`` of lane ``g % L``. In epoch e the segments are permuted by a key of
+(seed, split, e); lane l takes every L-th of them starting at ``(l + e) % L``, so that when L does not divide
+the number of segments every lane takes its turn at the longer share. A lane rolls into its next epoch on its
+own: no padding, no epoch barrier.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class _LaneEpoch:
 
     epoch: int
     start: int
-    segments: np.ndarray
-    bounds: np.ndarray
+    segments: list[int]
+    bounds: list[int]
 
 
 class LaneOrder:
@@ -46,8 +47,8 @@ class LaneOrder:
     def __init__(self, rows_per_segment: np.ndarray, num_lanes: int, seed: int, split: str) -> None:
         if not 1 <= num_lanes <= len(rows_per_segment):
             raise ValueError(
-                f"num_lanes is {num_lanes}, but must lie between 1 and the {len(rows_per_segment)} segments of "
-                f"split {split!r}. What to do: lower num_lanes, or leave it out."
+                f"num_lanes is {num_lanes}, but must lie between 1 and the {len(rows_per_segment)} segments "
+                f"of split {split!r}. What to do: lower num_lanes, or leave it out."
             )
         self.num_lanes = num_lanes
         self._rows = rows_per_segment
@@ -57,14 +58,15 @@ class LaneOrder:
         self._current: dict[int, _LaneEpoch] = {}
 
     def locate(self, index: int) -> Place:
-        """The place of global sample ``index``. O(log) per call; a jump forward first counts the epochs it passes."""
+        """The place of global sample ``index``. O(log) per call; a jump forward first counts the epochs it
+        passes."""
         position, lane = divmod(index, self.num_lanes)
         current = self._current.get(lane)
         if current is None or not 0 <= position - current.start < current.bounds[-1]:
             current = self._current[lane] = self._find(lane, position)
         offset = position - current.start
-        at = int(np.searchsorted(current.bounds, offset, side="right")) - 1
-        return Place(lane, current.epoch, int(current.segments[at]), int(offset - current.bounds[at]))
+        at = bisect_right(current.bounds, offset) - 1
+        return Place(lane, current.epoch, current.segments[at], offset - current.bounds[at])
 
     def segment_key(self, place: Place) -> tuple[object, ...]:
         """Key of every draw inside one visit of a segment."""
@@ -75,8 +77,8 @@ class LaneOrder:
             self._count_epoch(len(self._epoch_starts) - 1)
         epoch = bisect_right(self._epoch_starts, position, key=lambda starts: int(starts[lane])) - 1
         segments = self._lane_segments(epoch, lane)
-        bounds = np.concatenate(([0], np.cumsum(self._rows[segments])))
-        return _LaneEpoch(epoch, int(self._epoch_starts[epoch][lane]), segments, bounds)
+        bounds = [0, *np.cumsum(self._rows[segments]).tolist()]
+        return _LaneEpoch(epoch, int(self._epoch_starts[epoch][lane]), segments.tolist(), bounds)
 
     def _count_epoch(self, epoch: int) -> None:
         rows = [int(self._rows[self._lane_segments(epoch, lane)].sum()) for lane in range(self.num_lanes)]

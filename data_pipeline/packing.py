@@ -1,8 +1,8 @@
 """Cutting documents into pieces and packing pieces into rows of S positions.
 
-A position holds an input token and its target, the next token of the same document. A document of n tokens so has n - 1
-positions; a piece of p positions reads p + 1 tokens, and consecutive pieces of a document overlap by one token, so every
-token but a document's first is a target exactly once.
+A position holds an input token and its target, the next token of the same document. A document of n tokens so
+has n - 1 positions; a piece of p positions reads p + 1 tokens, and consecutive pieces of a document overlap
+by one token, so every token but a document's first is a target exactly once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PACKING = "best-fit-decreasing-1"
 class Rows:
     """Packed rows: row r is pieces ``piece_starts[r]:piece_starts[r+1]``.
 
-    ``document`` (position in the given order), ``start`` (token within the document) and ``length`` (positions) are
-    int64 arrays over pieces, grouped by row.
+    ``document`` (position in the given order), ``start`` (token within the document) and ``length``
+    (positions) are int64 arrays over pieces, grouped by row.
     """
 
     piece_starts: np.ndarray
@@ -49,8 +49,9 @@ def cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarr
 def assign_rows(piece_lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, int]:
     """Best-fit decreasing: (row of each piece, number of rows).
 
-    Longest pieces first, each into the fullest row that still has room; equal lengths in the given order. The number of
-    rows depends on the set of lengths only, not on their order, so it can be planned before shuffling.
+    Longest pieces first, each into the fullest row that still has room; equal lengths in the given order. The
+    number of rows depends on the set of lengths only, not on their order, so it can be planned before
+    shuffling.
     """
     order = np.argsort(-piece_lengths, kind="stable")
     row_of = np.empty(len(piece_lengths), dtype=np.int64)

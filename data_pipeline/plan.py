@@ -1,4 +1,5 @@
-"""The plan: how blocks form segments and how many rows each segment packs to. Cheap, cached beside the manifest."""
+"""The plan: how blocks form segments and how many rows each segment packs to. Cheap, cached beside the
+manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def blocks_per_segment(num_blocks: int, block_tokens: int, sequence_length: int,
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Segment s is blocks ``[s * blocks_per_segment, (s + 1) * blocks_per_segment)`` and packs to ``rows[s]`` rows."""
+    """Segment s is blocks ``[s * blocks_per_segment, (s + 1) * blocks_per_segment)`` and packs to ``rows[s]``
+    rows."""
 
     blocks_per_segment: int
     rows: np.ndarray
@@ -45,7 +47,8 @@ def make_plan(
 ) -> SegmentPlan:
     """The plan of (manifest, split, sequence length, packing), from its cache file when there is a sound one.
 
-    Every rank may call this at once: the file is written under a private name and renamed; a read-only folder is fine.
+    Every rank may call this at once: the file is written under a private name and renamed; a read-only folder
+    is fine.
     Raises DamagedDataError when a block's offsets cannot be read.
     """
     digest = digest_of([manifest.fingerprint, split, sequence_length, blocks_per_segment, PACKING])

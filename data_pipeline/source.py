@@ -1,4 +1,5 @@
-"""What a training loop needs of data: the ``SampleSource`` protocol. NumPy only, so that any package can provide one.
+"""What a training loop needs of data: the ``SampleSource`` protocol. NumPy only, so that any package can
+provide one.
 
 S = sequence length, B = rows asked for.
 """
@@ -13,7 +14,8 @@ import numpy as np
 
 
 class SampleSource(Protocol):
-    """Rows of tokens by global sample index. ``batch`` is a pure function, so any rank may read any part of the order."""
+    """Rows of tokens by global sample index. ``batch`` is a pure function, so any rank may read any part of
+    the order."""
 
     @property
     def fingerprint(self) -> str:
@@ -30,9 +32,9 @@ class SampleSource(Protocol):
     def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows of these global samples.
 
-        ``tokens`` int32 [B, S]; ``targets`` int32 [B, S], the token after each; ``loss_mask`` bool [B, S], False on
-        padding; ``segment_ids`` int32 [B, S], 0, 1, 2, ... per document piece in the row and -1 on padding, which is
-        always at the end; ``position_ids`` int32 [B, S], restarting with each piece.
+        ``tokens`` int32 [B, S]; ``targets`` int32 [B, S], the token after each; ``loss_mask`` bool [B, S],
+        False on padding; ``segment_ids`` int32 [B, S], 0, 1, 2, ... per document piece in the row and -1 on
+        padding, which is always at the end; ``position_ids`` int32 [B, S], restarting with each piece.
         """
 
     def provenance(self, index: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.keyed import keyed_permutation
 from data_pipeline.order import LaneOrder, Place, SequentialOrder
-from data_pipeline.packing import PACKING, Rows, pack
+from data_pipeline.packing import pack
 from data_pipeline.plan import SegmentPlan, blocks_per_segment, make_plan
 from data_pipeline.store.manifest import TOKENS_EXTENSION, Manifest, digest_of
 from data_pipeline.store.reader import BlockReader
@@ -23,25 +23,27 @@ ORDER = "lanes-1"
 
 @dataclass(frozen=True)
 class _OpenSegment:
-    """A segment that has been read, shuffled and packed.
+    """A segment that has been read, shuffled and packed, for its visit in one epoch.
 
-    ``tokens`` are its blocks' tokens joined; ``starts`` the first token of each document in packed order; ``stored``
-    maps that order to stored documents; ``row_order`` maps the row asked for to a packed row.
+    ``tokens`` are its blocks' tokens joined. ``row_order`` maps the row asked for to a packed row, whose
+    pieces are ``piece_starts[row]`` up to ``piece_starts[row + 1]``. Each piece begins at ``piece_first`` in
+    ``tokens`` and has ``piece_length`` positions. Lists, because indexing them one by one is several times
+    faster than arrays.
     """
 
     visit: tuple[int, int]
     tokens: np.ndarray
-    starts: np.ndarray
-    stored: np.ndarray
-    rows: Rows
-    row_order: np.ndarray
+    row_order: list[int]
+    piece_starts: list[int]
+    piece_first: list[int]
+    piece_length: list[int]
 
 
 class TextSource:
     """A ``SampleSource`` over one split of a prepared dataset.
 
-    Keeps one open segment per lane that it has read: walking the order forwards packs every segment once, whatever
-    share of the lanes this rank reads; memory is (lanes read) x (segment).
+    Keeps one open segment per lane that it has read: walking the order forwards packs every segment once,
+    whatever share of the lanes this rank reads; memory is (lanes read) x (segment).
     """
 
     def __init__(
@@ -76,14 +78,12 @@ class TextSource:
         segment_ids = np.full(shape, -1, dtype=np.int32)
         position_ids = np.zeros(shape, dtype=np.int32)
         for out, index in enumerate(indices):
-            segment, packed_row = self._find(index)[1:]
-            rows, at = segment.rows, 0
-            for number, piece in enumerate(
-                range(rows.piece_starts[packed_row], rows.piece_starts[packed_row + 1])
-            ):
-                first = segment.starts[rows.document[piece]] + rows.start[piece]
-                end = at + rows.length[piece]
-                length = end - at
+            _, segment, row = self._find(index)
+            at = 0
+            pieces = range(segment.piece_starts[row], segment.piece_starts[row + 1])
+            for number, piece in enumerate(pieces):
+                first, length = segment.piece_first[piece], segment.piece_length[piece]
+                end = at + length
                 tokens[out, at:end] = segment.tokens[first : first + length]
                 targets[out, at:end] = segment.tokens[first + 1 : first + 1 + length]
                 segment_ids[out, at:end] = number
@@ -98,21 +98,25 @@ class TextSource:
         }
 
     def provenance(self, index: int) -> list[dict[str, Any]]:
-        """For each piece of row ``index``: shard, member, document in it, first token, positions, epoch and lane."""
-        place, segment, packed_row = self._find(index)
+        """For each piece of row ``index``: shard, member, document in it, first token, positions, epoch,
+        lane."""
+        place, segment, row = self._find(index)
         blocks = [self._reader.blocks[b] for b in self._block_range(place.segment)]
-        firsts = np.cumsum([0] + [block.documents for block in blocks])
+        offsets = [self._reader.read(b).offsets for b in self._block_range(place.segment)]
+        block_starts = np.cumsum([0] + [block.tokens for block in blocks])
         pieces = []
-        for piece in range(segment.rows.piece_starts[packed_row], segment.rows.piece_starts[packed_row + 1]):
-            document = int(segment.stored[segment.rows.document[piece]])
-            at = int(np.searchsorted(firsts, document, side="right")) - 1
+        for piece in range(segment.piece_starts[row], segment.piece_starts[row + 1]):
+            first = segment.piece_first[piece]
+            at = int(np.searchsorted(block_starts, first, side="right")) - 1
+            within = first - int(block_starts[at])
+            document = int(np.searchsorted(offsets[at], within, side="right")) - 1
             pieces.append(
                 {
                     "shard": blocks[at].shard,
                     "member": f"{blocks[at].key}.{TOKENS_EXTENSION}",
-                    "document": document - int(firsts[at]),
-                    "first_token": int(segment.rows.start[piece]),
-                    "positions": int(segment.rows.length[piece]),
+                    "document": document,
+                    "first_token": within - int(offsets[at][document]),
+                    "positions": segment.piece_length[piece],
                     "epoch": place.epoch,
                     "lane": place.lane,
                 }
@@ -128,7 +132,7 @@ class TextSource:
         segment = self._open.get(place.lane)
         if segment is None or segment.visit != (place.epoch, place.segment):
             segment = self._open[place.lane] = self._open_segment(place)
-        return place, segment, int(segment.row_order[place.row])
+        return place, segment, segment.row_order[place.row]
 
     def _block_range(self, segment: int) -> range:
         return self._plan.block_range(segment, len(self._reader.blocks))
@@ -138,15 +142,22 @@ class TextSource:
         tokens = blocks[0].tokens if len(blocks) == 1 else np.concatenate([b.tokens for b in blocks])
         lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
         starts = np.cumsum(lengths) - lengths
-        stored = np.arange(len(lengths))
-        shuffled = isinstance(self._order, LaneOrder)
+        documents = np.arange(len(lengths))
+        row_order = np.arange(self._plan.rows[place.segment])
         if isinstance(self._order, LaneOrder):
             key = self._order.segment_key(place)
-            stored = keyed_permutation(len(lengths), *key, "documents")
-        rows = pack(lengths[stored], self._sequence_length)
-        assert len(rows) == self._plan.rows[place.segment]
-        row_order = keyed_permutation(len(rows), *key, "rows") if shuffled else np.arange(len(rows))
-        return _OpenSegment((place.epoch, place.segment), tokens, starts[stored], stored, rows, row_order)
+            documents = keyed_permutation(len(documents), *key, "documents")
+            row_order = keyed_permutation(len(row_order), *key, "rows")
+        rows = pack(lengths[documents], self._sequence_length)
+        assert len(rows) == len(row_order)
+        return _OpenSegment(
+            visit=(place.epoch, place.segment),
+            tokens=tokens,
+            row_order=row_order.tolist(),
+            piece_starts=rows.piece_starts.tolist(),
+            piece_first=(starts[documents[rows.document]] + rows.start).tolist(),
+            piece_length=rows.length.tolist(),
+        )
 
 
 def recommended_lanes(manifest: Manifest, num_blocks: int) -> int:

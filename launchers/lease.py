@@ -42,7 +42,7 @@ class FencedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lease. Times are unix seconds; ``machine`` and ``process_start`` unmask reused names and pids."""
+    """Who holds the lease. Times in unix seconds; ``machine`` and ``process_start`` unmask reused pids."""
 
     attempt: int
     host: str
@@ -136,9 +136,7 @@ def _refuse_if_held(run: RunDir, holder: Holder, stale_after_s: float) -> None:
         return
     age = time.time() - holder.heartbeat
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.acquired))
-    who = (
-        f"{run.path}: held by process {holder.pid} on {holder.host} since {since} (attempt {holder.attempt})"
-    )
+    who = f"{run.path}: held by process {holder.pid} on {holder.host} since {since} (attempt {holder.attempt})"
     if holder.machine == _machine_identity():
         if _process_start(holder.pid) == holder.process_start:
             raise LeaseHeldError(
@@ -147,8 +145,8 @@ def _refuse_if_held(run: RunDir, holder: Holder, stale_after_s: float) -> None:
             )
     elif age <= stale_after_s:
         raise LeaseHeldError(
-            f"{who}; last sign of life {max(age, 0.0):.0f} s ago. Stop it there and try again; "
-            f"if that machine is gone, try again once {stale_after_s:.0f} s have passed without a sign of life."
+            f"{who}; last sign of life {max(age, 0.0):.0f} s ago. Stop it there, then try again; "
+            f"if that machine is gone, try again after {stale_after_s:.0f} s without a sign of life."
         )
 
 

@@ -44,9 +44,7 @@ def rank_environment(
 ) -> dict[str, str]:
     """One rank's environment: ``base`` without inherited launcher variables, plus ``srun``'s for one node."""
     kept = {
-        name: value
-        for name, value in base.items()
-        if not name.startswith(_INHERITED) and name not in _INHERITED_NAMES
+        name: value for name, value in base.items() if not name.startswith(_INHERITED) and name not in _INHERITED_NAMES
     }
     return kept | {
         "SLURM_PROCID": str(rank),
@@ -118,12 +116,20 @@ class _Supervisor:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 _say(f"ranks still running {self.grace_s:g} s after being asked to stop: killing them")
                 self._kill()
-            if self.display is not None:
-                self.display.poll()
+            self.show()
             self._wait(alive)
         self._note_failure()
         # Helpers of ranks that died without cleaning up.
         self._kill()
+
+    def show(self) -> None:
+        """Updates the display. One that fails (terminal closed, pipe gone) is given up: the ranks go on."""
+        if self.display is not None:
+            try:
+                self.display.poll()
+            except Exception as error:
+                self.display = None
+                _say(f"the progress display failed and is off ({error}); see metrics.jsonl and the rank logs")
 
     def _wait(self, alive: list[_Rank]) -> None:
         descriptors = [rank.descriptor for rank in alive if rank.descriptor is not None]
@@ -141,10 +147,7 @@ class _Supervisor:
         self.first_failure = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.index))
         # A rank that saved and left ends with the others: they need time, not a signal amid their last
         # writes.
-        if (
-            from_returncode(self.first_failure.process.returncode) != ExitCode.RESUMABLE
-            and not self.forwarded
-        ):
+        if from_returncode(self.first_failure.process.returncode) != ExitCode.RESUMABLE and not self.forwarded:
             self._terminate()
         self._start_grace()
 
@@ -157,7 +160,8 @@ class _Supervisor:
             self._kill()
         elif not self.forwarded:
             _say(
-                f"{name}: asked {len(alive)} rank(s) to save and stop, within {self.grace_s:g} s (again: kill them)"
+                f"{name}: asked {len(alive)} rank(s) to save and stop within {self.grace_s:g} s "
+                f"(a second signal kills them)"
             )
             self._terminate()
             self._start_grace()
@@ -201,9 +205,7 @@ def launch(
     starts them. Death by signal n is returned as 128 + n. Raises ValueError for fewer than one process.
     """
     if num_processes < 1:
-        raise ValueError(
-            f"launcher.num_processes: found {num_processes}, must be at least 1; give one rank per device"
-        )
+        raise ValueError(f"launcher.num_processes: found {num_processes}, must be at least 1; give one rank per device")
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("launch must be called from the main thread")
     program = list(command) if command else [sys.executable, "-m", "pretrain.training.entry", str(run.path)]
@@ -233,9 +235,10 @@ def launch(
             rank_process.process.wait()
             if rank_process.descriptor is not None:
                 os.close(rank_process.descriptor)
-        if display is not None:
-            display.poll()
-            display.close()
+        supervisor.show()
+        if supervisor.display is not None:
+            with contextlib.suppress(OSError):
+                supervisor.display.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
     failure = supervisor.first_failure
@@ -271,8 +274,10 @@ def describe_failure(rank: int, code: int, log_path: Path, num_lines: int = 25) 
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 65536))
         lines = stream.read().decode("utf-8", errors="replace").rstrip().split("\n")[-num_lines:]
     shown = "\n".join(f"  | {line}" for line in lines)
-    return f"rank {rank} ended with code {code} ({meaning(code)}). Its last lines:\n{shown}\nWhole log: {log_path}"
+    ending = f"rank {rank} ended with code {code} ({meaning(code)})"
+    return f"{ending}. Its last lines:\n{shown}\nWhole log: {log_path}"
 
 
 def _say(message: str) -> None:
-    print(f"pretrain: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        print(f"pretrain: {message}", file=sys.stderr, flush=True)

@@ -69,7 +69,7 @@ class ProgressState:
         return None if pace is None else max(0, self.steps - self.step) * pace
 
     def _where(self, record: Record) -> str:
-        step = record.get("step")
+        step = record.get("step", self.step)
         return f"step {step}" + (f"/{self.steps}" if self.steps is not None else "")
 
     def _on_start(self, record: Record) -> str:
@@ -213,8 +213,7 @@ def render(state: ProgressState, now: float | None = None) -> RenderableType:
     if state.events:
         parts.append(Text())
         parts += [
-            Text(line.replace("\n", " "), style="dim", no_wrap=True, overflow="ellipsis")
-            for line in state.events
+            Text(line.replace("\n", " "), style="dim", no_wrap=True, overflow="ellipsis") for line in state.events
         ]
     world = f", {state.world_size} process(es)" if state.world_size else ""
     style = {"finished": "green", "interrupted": "yellow", "failed": "red"}.get(state.phase, "cyan")

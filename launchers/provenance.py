@@ -1,4 +1,4 @@
-"""What a run was made with: interpreter, package versions, host and git state. Imports none of the packages."""
+"""What a run was made with: interpreter, package versions, host, git state. Imports no heavy package."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def git_state(folder: Path) -> tuple[dict[str, Any], str]:
         top = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
         revision = _git(top, "rev-parse", "HEAD").strip()
         diff = _git(top, "diff", "--binary", "--no-color", "--no-ext-diff", "HEAD")
-        untracked = [
-            name for name in _git(top, "ls-files", "--others", "--exclude-standard", "-z").split("\0") if name
-        ]
+        untracked = [name for name in _git(top, "ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode("utf-8", errors="replace").strip().split("\n")[0]
         return {"revision": None, "dirty": None, "reason": reason}, ""

@@ -137,8 +137,7 @@ class RunDir:
             return None
         if not (folder / "config.yaml").is_file():
             raise RunDirectoryError(
-                f"{folder}: the folder is not empty and is not a run directory (no config.yaml); "
-                f"choose another path"
+                f"{folder}: the folder is not empty and is not a run directory (no config.yaml); choose another path"
             )
         run = cls.open(folder)
         lines = [str(difference) for difference in differences(run.config(), tree)]
@@ -158,17 +157,13 @@ class RunDir:
         """Opens an existing run directory. Raises RunDirectoryError: what was expected and what is there."""
         folder = Path(path).absolute()
         if not folder.exists():
-            raise RunDirectoryError(
-                f"{folder}: no such folder; expected a run directory (a folder with config.yaml)"
-            )
+            raise RunDirectoryError(f"{folder}: no such folder; expected a run directory (a folder with config.yaml)")
         if not folder.is_dir():
             raise RunDirectoryError(f"{folder}: a file; expected a run directory (a folder with config.yaml)")
         if not (folder / "config.yaml").is_file():
             inside = sorted(child.parent for child in folder.glob("*/config.yaml"))
             hint = f" It holds run directories; choose one, e.g. {inside[-1]}." if inside else ""
-            raise RunDirectoryError(
-                f"{folder}: not a run directory: expected a file config.yaml in it.{hint}"
-            )
+            raise RunDirectoryError(f"{folder}: not a run directory: expected a file config.yaml in it.{hint}")
         return cls(folder)
 
     # ---- configuration ---------------------------------------------------------------------------
@@ -202,9 +197,7 @@ class RunDir:
         try:
             exclusive_write_text(target, text)
         except FileExistsError as error:
-            raise RunDirectoryError(
-                f"{target}: just added by another process; read it and try again"
-            ) from error
+            raise RunDirectoryError(f"{target}: just added by another process; read it and try again") from error
         return number
 
     # ---- records of an attempt -------------------------------------------------------------------

@@ -43,7 +43,8 @@ class Skipped:
 
 
 def folder_corpus(source: str | os.PathLike[str], pattern: str, exclude: Path | None = None) -> Corpus:
-    """Regular files below ``source`` that match the glob ``pattern``; names starting with a dot are passed over.
+    """Regular files below ``source`` that match the glob ``pattern``; names starting with a dot are passed
+    over.
 
     ``exclude`` is a folder whose files are left out (the output, when it lies inside the source).
     Raises ValueError when the folder is missing or nothing matches.
@@ -56,7 +57,8 @@ def folder_corpus(source: str | os.PathLike[str], pattern: str, exclude: Path | 
     files = []
     for path in root.glob(pattern):
         relative = path.relative_to(root)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+        dangling = path.is_symlink() and not path.exists()  # kept, to be reported as unreadable
+        if any(part.startswith(".") for part in relative.parts) or not (path.is_file() or dangling):
             continue
         if excluded is not None and path.resolve().is_relative_to(excluded):
             continue
@@ -72,7 +74,7 @@ def folder_corpus(source: str | os.PathLike[str], pattern: str, exclude: Path | 
 def stdlib_corpus() -> Corpus:
     """Source files of the standard library of the interpreter in use, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = []
+    files: list[str] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _STDLIB_SKIPPED]
         relative = Path(folder).relative_to(root)
@@ -118,10 +120,12 @@ def _key(*parts: object) -> bytes:
 def split_documents(
     documents: list[Document], validation_fraction: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """(training, validation) documents, each globally shuffled; both depend on ``seed`` and the documents alone.
+    """(training, validation) documents, each globally shuffled; both depend on ``seed`` and the documents
+    alone.
 
-    Documents are held out in the order of a keyed hash of their content until they make ``validation_fraction`` of the
-    bytes. Equal documents have equal hashes and fall on the same side, so no held-out text was trained on whole.
+    Documents are held out in the order of a keyed hash of their content until they make
+    ``validation_fraction`` of the bytes. Equal documents have equal hashes and fall on the same side, so no
+    held-out text was trained on whole.
     """
     target = validation_fraction * sum(document.size for document in documents)
     by_content = sorted(documents, key=lambda d: (_key(seed, "split", d.digest), d.path))

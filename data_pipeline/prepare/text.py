@@ -47,7 +47,8 @@ from data_pipeline.store.manifest import (
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(phase, bytes done, bytes in all)``."""
 
-# More text than this does not change the merges of a vocabulary of usual size, and the trainer holds its words in memory.
+# More text than this does not change the merges of a vocabulary of usual size, and the trainer holds its
+# words in memory.
 _TOKENIZER_TRAINING_BYTES = 1 << 28
 _SMALLEST_BLOCK, _LARGEST_BLOCK, _MOST_LANES = 1 << 12, 1 << 20, 1024
 _BLOCKS_WANTED, _BLOCKS_PER_LANE = 64, 4
@@ -57,8 +58,8 @@ _BLOCKS_WANTED, _BLOCKS_PER_LANE = 64, 4
 class PrepareOptions:
     """What decides the dataset besides the files.
 
-    ``tokenizer`` is a ``tokenizer.json`` to use; without one a byte-level BPE with ``vocab_size`` ids is trained on the
-    training documents. ``block_tokens`` None lets :func:`choose_block_tokens` decide.
+    ``tokenizer`` is a ``tokenizer.json`` to use; without one a byte-level BPE with ``vocab_size`` ids is
+    trained on the training documents. ``block_tokens`` None lets :func:`choose_block_tokens` decide.
     """
 
     tokenizer: str | None = None
@@ -79,7 +80,8 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was done: ``reused`` when the folder already held exactly this dataset; ``seconds`` of wall time."""
+    """What was done: ``reused`` when the folder already held exactly this dataset; ``seconds`` of wall
+    time."""
 
     manifest: Manifest
     reused: bool
@@ -88,10 +90,11 @@ class PrepareReport:
 
 
 def choose_block_tokens(estimated_tokens: int) -> int:
-    """Block size in tokens: the power of two at or below 1/64 of the training set, within 4,096 and 1,048,576.
+    """Block size in tokens: the power of two at or below 1/64 of the training set, within 4,096 and
+    1,048,576.
 
-    64 blocks or more leave a small set enough lanes to mix its documents; a million tokens is what makes reading blocks
-    of a large set efficient.
+    64 blocks or more leave a small set enough lanes to mix its documents; a million tokens is what makes
+    reading blocks of a large set efficient.
     """
     return min(max(_floor_power_of_two(estimated_tokens // _BLOCKS_WANTED), _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
@@ -117,11 +120,12 @@ def prepare_text(
 ) -> PrepareReport:
     """Prepare the files below ``source`` that match ``pattern`` as a dataset in ``out``.
 
-    The result does not depend on ``workers`` (None: the usable cores). Files that are empty, unreadable or not UTF-8
-    are skipped and listed in the manifest. Nothing appears under the name ``out`` before it is complete.
+    The result does not depend on ``workers`` (None: the usable cores). Files that are empty, unreadable or
+    not UTF-8 are skipped and listed in the manifest. Nothing appears under the name ``out`` before it is
+    complete.
 
-    Raises ValueError for a missing or empty source, DatasetExistsError when ``out`` holds another dataset and ``force``
-    is not given, OSError when writing fails (a full disk included).
+    Raises ValueError for a missing or empty source, DatasetExistsError when ``out`` holds another dataset and
+    ``force`` is not given, OSError when writing fails (a full disk included).
     """
     corpus = folder_corpus(source, pattern, exclude=Path(out))
     return _prepare(corpus, Path(out), options or PrepareOptions(), workers, force, progress)
@@ -135,7 +139,8 @@ def prepare_stdlib(
     force: bool = False,
     progress: Progress | None = None,
 ) -> PrepareReport:
-    """Prepare the source files of the running interpreter's standard library; otherwise as :func:`prepare_text`."""
+    """Prepare the source files of the running interpreter's standard library; otherwise as
+    :func:`prepare_text`."""
     return _prepare(stdlib_corpus(), Path(out), options or PrepareOptions(), workers, force, progress)
 
 
@@ -169,9 +174,9 @@ def _prepare(
             raise
         raise OSError(
             error.errno,
-            f"{os.strerror(error.errno or 0)} while writing the dataset {out}; what was written has been removed. "
-            f"What to do: free space (about {sum(d.size for d in documents) // 2**20 + 1} MiB are enough) or "
-            "choose another folder",
+            f"{os.strerror(error.errno or 0)} while writing the dataset {out}; what was written has been "
+            f"removed. What to do: free space ({sum(d.size for d in documents) // 2**20 + 1} MiB are enough) "
+            "or choose another folder",
         ) from error
     return PrepareReport(manifest, False, time.perf_counter() - started, seconds)
 
@@ -184,8 +189,8 @@ def _scan(corpus: Corpus, workers: int, report: Progress) -> tuple[list[Document
         report("scanning files", done, len(corpus.files))
     if not documents:
         raise ValueError(
-            f"none of the {len(skipped)} files of {corpus.root} can be used; the first, {skipped[0].path}, is "
-            f"{skipped[0].why}. What to do: check the folder and --pattern."
+            f"none of the {len(skipped)} files of {corpus.root} can be used; the first, {skipped[0].path}, "
+            f"is {skipped[0].why}. What to do: check the folder and --pattern."
         )
     return documents, skipped
 
@@ -214,7 +219,8 @@ def _origin(
 
 
 def _existing(out: Path, origin: dict[str, Any]) -> Manifest:
-    """The dataset already in ``out`` when it is the one asked for and whole; raises DatasetExistsError otherwise."""
+    """The dataset already in ``out`` when it is the one asked for and whole; raises DatasetExistsError
+    otherwise."""
     way_out = "What to do: choose another folder, or replace it with --force."
     try:
         manifest = Manifest.load(out)
@@ -271,10 +277,8 @@ def _write_dataset(
                 report("tokenising", done, total)
                 yield item
 
-        # A split of one chunk is not worth the start of worker processes.
-        few = 1 if sum(document.size for document in part) < 1 << 20 else workers
         try:
-            write_blocks(counted(encode_in_order(arguments, part, few)), writer, block_tokens)
+            write_blocks(counted(encode_in_order(arguments, part, workers)), writer, block_tokens)
             writer.close()
         finally:
             writer.abandon()
@@ -314,9 +318,7 @@ def _describe_split(documents: list[Document], shards: list[dict[str, Any]]) -> 
     }
 
 
-def _train_tokenizer(
-    corpus: Corpus, train: list[Document], vocab_size: int, report: Progress
-) -> TokenizerFile:
+def _train_tokenizer(corpus: Corpus, train: list[Document], vocab_size: int, report: Progress) -> TokenizerFile:
     """Trains on a prefix of the shuffled training documents, so that held-out text shapes nothing."""
     total = min(sum(document.size for document in train), _TOKENIZER_TRAINING_BYTES)
 

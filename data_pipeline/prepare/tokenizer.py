@@ -1,4 +1,5 @@
-"""Byte-level BPE: training one, or taking a given ``tokenizer.json``; and encoding documents in worker processes."""
+"""Byte-level BPE: training one, or taking a given ``tokenizer.json``; and encoding documents in worker
+processes."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
+CHUNK_BYTES = 1 << 20
 # Names under which published tokenizers keep (beginning, end) of a document.
 _KNOWN_PAIRS = (
     (BOS, EOS),
@@ -87,13 +89,14 @@ def load_tokenizer_file(path: str | os.PathLike[str]) -> TokenizerFile:
 
 def _describe(tokenizer: Tokenizer, text: str, bos: str, eos: str) -> TokenizerFile:
     # Ids of a foreign tokenizer may have gaps, so the count of tokens is not enough.
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return TokenizerFile(text, vocab_size, tokenizer.token_to_id(bos), tokenizer.token_to_id(eos))
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    return TokenizerFile(text, max(vocab.values()) + 1, vocab[bos], vocab[eos])
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of some documents joined, each framed by its first and last token, and the ``lengths`` of each."""
+    """Tokens of some documents joined, each framed by its first and last token, and the ``lengths`` of
+    each."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -132,14 +135,14 @@ def read_document(root: Path, document: Document) -> str:
     return raw.decode("utf-8", "strict")
 
 
-def chunks(documents: list[Document], size: int = 1 << 20) -> Iterator[list[Document]]:
-    """Consecutive documents in groups of about ``size`` bytes: the unit of work of one worker call."""
+def chunks(documents: list[Document]) -> Iterator[list[Document]]:
+    """Consecutive documents in groups of about ``CHUNK_BYTES``: the unit of work of one worker call."""
     group: list[Document] = []
     total = 0
     for document in documents:
         group.append(document)
         total += document.size
-        if total >= size:
+        if total >= CHUNK_BYTES:
             yield group
             group, total = [], 0
     if group:
@@ -149,13 +152,18 @@ def chunks(documents: list[Document], size: int = 1 << 20) -> Iterator[list[Docu
 def encode_in_order(
     encoder_arguments: tuple[Path, TokenizerFile, str], documents: list[Document], workers: int
 ) -> Iterator[Encoded]:
-    """Encode ``documents`` chunk by chunk in order, in ``workers`` processes (in this one when it is 1)."""
-    if workers == 1:
+    """Encode ``documents`` chunk by chunk in order, in ``workers`` processes (in this one for 1, or one chunk).
+
+    Raises ChildProcessError when one of them dies.
+    """
+    # One chunk is not worth the start of processes.
+    if workers == 1 or sum(document.size for document in documents) < CHUNK_BYTES:
         encoder = DocumentEncoder(*encoder_arguments)
         yield from map(encoder, chunks(documents))
         return
     from collections import deque
     from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
     # Spawned, not forked: the tokenizers library holds threads in this process.
@@ -168,6 +176,11 @@ def encode_in_order(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a tokenising process was killed, most likely for want of memory. What to do: run prepare again "
+            "with fewer --workers."
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

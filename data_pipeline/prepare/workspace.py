@@ -1,7 +1,7 @@
 """A dataset folder appears whole or not at all: work in a hidden sibling folder, then rename it.
 
-For output ``DIR/name`` the work lies in ``DIR/.name.preparing`` under the lock ``DIR/.name.lock``. A killed run leaves only
-these; the next run for the same output, which is the one that can take the lock, sweeps them.
+For output ``DIR/name`` the work lies in ``DIR/.name.preparing`` under the lock ``DIR/.name.lock``. A killed
+run leaves only these; the next run for the same output, which is the one that can take the lock, sweeps them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Workspace:
         self._replaced = out.with_name(f".{out.name}.replaced")
 
     def sweep(self) -> None:
-        """Remove what a killed run left, and put back a dataset that it had moved aside but not yet replaced."""
+        """Remove what a killed run left, and put back a dataset that it had moved aside but not yet
+        replaced."""
         if self._replaced.exists() and not self.out.exists():
             self._replaced.rename(self.out)
         for leftover in (self.path, self._replaced):
@@ -37,7 +38,8 @@ class Workspace:
         self.path.mkdir()
 
     def commit(self) -> None:
-        """Give the work folder its final name; a dataset already there is moved aside first and removed after."""
+        """Give the work folder its final name; a dataset already there is moved aside first and removed
+        after."""
         _sync_folder(self.path)
         if self.out.exists():
             self.out.rename(self._replaced)
@@ -55,8 +57,8 @@ class Workspace:
 def workspace(out: Path) -> Iterator[Workspace]:
     """Hold the lock of ``out`` and yield its swept workspace; on any exception the work is discarded.
 
-    Raises ValueError when another process is preparing the same folder, or when ``out`` is a file or a folder with
-    something else in it.
+    Raises ValueError when another process is preparing the same folder, or when ``out`` is a file or a folder
+    with something else in it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")

@@ -26,8 +26,8 @@ def open_shard(path: Path) -> BinaryIO:
 class ShardWriter:
     """Writes the blocks of one split into ``folder`` and collects the manifest's shard entries.
 
-    A shard is closed once it holds ``shard_bytes``. Members of block K are ``K.off.npy`` (int64 document offsets) and
-    ``K.tok.npy``.
+    A shard is closed once it holds ``shard_bytes``. Members of block K are ``K.off.npy`` (int64 document
+    offsets) and ``K.tok.npy``.
     """
 
     def __init__(self, folder: Path, split: str, shard_bytes: int) -> None:
@@ -109,7 +109,8 @@ class ShardWriter:
 
 
 def write_blocks(encoded: Iterable[Encoded], writer: ShardWriter, block_tokens: int) -> None:
-    """Cut a stream of documents into blocks of whole documents, each of at least ``block_tokens`` but the last.
+    """Cut a stream of documents into blocks of whole documents, each of at least ``block_tokens`` but the
+    last.
 
     Where blocks end depends on the documents alone, not on how the stream is grouped.
     """

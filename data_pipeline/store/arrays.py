@@ -22,8 +22,8 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def parse_npy(payload: bytes | memoryview) -> np.ndarray:
     """The array in ``payload`` as a read-only view of it.
 
-    Raises ValueError for anything but a little-endian, one-dimensional array of an allowed dtype that fills the payload
-    exactly; object arrays are refused before any of their bytes is looked at.
+    Raises ValueError for anything but a little-endian, one-dimensional array of an allowed dtype that fills
+    the payload exactly; object arrays are refused before any of their bytes is looked at.
     """
     stream = io.BytesIO(payload)
     version = npy_format.read_magic(stream)

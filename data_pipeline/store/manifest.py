@@ -1,7 +1,8 @@
 """The dataset manifest and the per-shard sidecars: what a prepared dataset says about itself.
 
-``manifest.json`` has two parts. ``content`` decides the data and their order: its digest is the dataset's fingerprint.
-``origin`` tells where the data came from (folder, library versions) and may differ between equal datasets.
+``manifest.json`` has two parts. ``content`` decides the data and their order: its digest is the dataset's
+fingerprint. ``origin`` tells where the data came from (folder, library versions) and may differ between equal
+datasets.
 """
 
 from __future__ import annotations
@@ -114,9 +115,11 @@ class Manifest:
         return dict(self.content["splits"][name])
 
     def blocks(self, split: str) -> list[Block]:
-        """All blocks of ``split`` in stored order, from the sidecars, each checked against its hash in the manifest.
+        """All blocks of ``split`` in stored order, from the sidecars, each checked against its hash in the
+        manifest.
 
-        Raises DamagedDataError when a sidecar or shard is missing, a sidecar differs or a shard has the wrong size.
+        Raises DamagedDataError when a sidecar or shard is missing, a sidecar differs or a shard has the wrong
+        size.
         """
         return [block for shard in self.split(split)["shards"] for block in self.shard_blocks(shard)]
 
@@ -145,9 +148,7 @@ def load_sidecar(folder: Path, shard: dict[str, Any]) -> dict[str, Any]:
             f"shard {name}: {error.filename} is missing. Restore it from a copy, or: {_PREPARE_AGAIN}"
         ) from None
     if size != shard["size"]:
-        raise DamagedDataError(
-            f"{folder / name}: {size} bytes, the manifest says {shard['size']}. {_PREPARE_AGAIN}"
-        )
+        raise DamagedDataError(f"{folder / name}: {size} bytes, the manifest says {shard['size']}. {_PREPARE_AGAIN}")
     if hashlib.blake2b(raw, digest_size=16).hexdigest() != shard["sidecar_hash"]:
         raise DamagedDataError(
             f"{sidecar}: sidecar of shard {name} does not match its hash in the manifest. {_PREPARE_AGAIN}"

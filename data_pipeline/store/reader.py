@@ -44,7 +44,8 @@ class BlockReader:
     def read(self, index: int) -> BlockArrays:
         """Both arrays of block ``index``.
 
-        Raises DamagedDataError, naming shard, member and remedy, when header, hash, dtype, offsets or ids are wrong.
+        Raises DamagedDataError, naming shard, member and remedy, when header, hash, dtype, offsets or ids are
+        wrong.
         """
         block = self.blocks[index]
         with open(self._folder / block.shard, "rb") as stream:
@@ -92,8 +93,7 @@ def read_member(stream: BinaryIO, shard: Path, block: Block, extension: str) -> 
         raise tar.damaged(
             shard,
             entry["offset"] - tar.BLOCK,
-            f"found member {found.name!r} of {found.length} bytes, the sidecar says {name!r} of "
-            f"{entry['length']}",
+            f"found member {found.name!r} of {found.length} bytes, the sidecar says {name!r} of {entry['length']}",
         )
     payload = stream.read(entry["length"])
     if len(payload) != entry["length"]:

@@ -1,11 +1,11 @@
 """Plain ustar archives: a byte-reproducible header writer and a strict walk.
 
-Why not ``webdataset.TarWriter``: in 1.0.2 it ignores its ``format`` argument (Python's PAX default applies), reports no
-member offsets, which the sidecar needs, and importing it imports torch. A ustar header from the standard library's
-``tarfile`` is four lines, and every WebDataset tool reads the result.
+Why not ``webdataset.TarWriter``: in 1.0.2 it ignores its ``format`` argument (Python's PAX default applies),
+reports no member offsets, which the sidecar needs, and importing it imports torch. A ustar header from the
+standard library's ``tarfile`` is four lines, and every WebDataset tool reads the result.
 
-Why not ``tarfile`` for reading: it takes a bad header after the first member for the end of the archive, so a damaged
-shard silently loses its tail. The walk here accepts nothing it cannot account for.
+Why not ``tarfile`` for reading: it takes a bad header after the first member for the end of the archive, so a
+damaged shard silently loses its tail. The walk here accepts nothing it cannot account for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class TarMember:
 
 
 def member_header(name: str, length: int) -> bytes:
-    """The 512-byte ustar header of a regular file: mode 0444, owner 0, mtime 0, so that equal data are equal bytes.
+    """The 512-byte ustar header of a regular file: mode 0444, owner 0, mtime 0, so that equal data are equal
+    bytes.
 
     Raises ValueError when ``name`` (100 bytes) or ``length`` (8 GiB) does not fit a ustar header.
     """
@@ -57,8 +58,8 @@ def damaged(shard: str | os.PathLike[str], byte: int, problem: str) -> DamagedDa
 def parse_header(shard: str | os.PathLike[str], header: bytes, at: int) -> TarMember:
     """Parse one member header found at byte ``at`` of ``shard``.
 
-    Raises DamagedDataError for a wrong checksum, a foreign magic, anything but a regular file (links, devices, PAX and
-    GNU records included) and unsafe names (absolute, or with ``..``).
+    Raises DamagedDataError for a wrong checksum, a foreign magic, anything but a regular file (links,
+    devices, PAX and GNU records included) and unsafe names (absolute, or with ``..``).
     """
     if len(header) < BLOCK:
         raise damaged(shard, at, f"member header cut short: {len(header)} of {BLOCK} bytes")
@@ -78,8 +79,8 @@ def parse_header(shard: str | os.PathLike[str], header: bytes, at: int) -> TarMe
 def walk(stream: BinaryIO, shard: str | os.PathLike[str]) -> Iterator[TarMember]:
     """Yield the members of an archive in order, reading only the headers and the padding.
 
-    Raises DamagedDataError for a bad header, a duplicate name, a payload that passes the end of the file, padding that
-    is not zero, a missing end marker, or anything but zeros after it.
+    Raises DamagedDataError for a bad header, a duplicate name, a payload that passes the end of the file,
+    padding that is not zero, a missing end marker, or anything but zeros after it.
     """
     size = stream.seek(0, os.SEEK_END)
     position = 0

@@ -95,7 +95,7 @@ class CheckpointStore:
         return removed
 
     def latest(self) -> Path | None:
-        """Newest checkpoint by the pointer, or by name when the pointer is missing or stale; None when there is none."""
+        """Newest checkpoint by the pointer, or by name when the pointer is missing or stale; None without any."""
         steps = self.steps()
         if not steps:
             return None

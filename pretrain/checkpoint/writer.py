@@ -144,9 +144,7 @@ def _together(gather: Callable[[Any], list[Any]], action: Callable[[], Any] | No
     outcomes = gather((result, failure))
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     if failures:
-        raise CheckpointError(
-            "The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures)
-        )
+        raise CheckpointError("The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures))
     return [value for value, _ in outcomes]
 
 
@@ -158,7 +156,7 @@ def _merge(reports: list[dict[str, Any]], step: int, training: dict[str, Any]) -
         files[file] = {"bytes": report["bytes"], "xxh3": report["xxh3"]}
         for slot, name, shape, dtype, start, stop in report["fragments"]:
             entry = tensors.setdefault(tensor_key(slot, name), TensorEntry(tuple(shape), dtype))
-            assert entry.shape == tuple(shape) and entry.dtype == dtype, f"{name}: ranks disagree on shape or dtype"
+            assert (entry.shape, entry.dtype) == (tuple(shape), dtype), f"{name}: ranks disagree on shape or dtype"
             entry.fragments.append(FragmentEntry(file, start, stop))
     for key, entry in tensors.items():
         entry.check_coverage(key)

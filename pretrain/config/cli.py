@@ -20,12 +20,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("check", "check the configuration and report every fault"),
     ):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument(
-            "overrides", nargs="*", help="group=option or key.path=value, for example experiment=demo"
-        )
-        action.add_argument(
-            "--config-dir", help="a folder of your own config groups, searched before the shipped one"
-        )
+        action.add_argument("overrides", nargs="*", help="group=option or key.path=value, for example experiment=demo")
+        action.add_argument("--config-dir", help="a folder of your own config groups, searched before the shipped one")
 
 
 def run(args: Namespace) -> int:
@@ -46,9 +42,10 @@ def _show(args: Namespace) -> int:
     except InvalidConfigError as error:
         print(error, file=sys.stderr)
         return INVALID
-    tree = resolve_paths(composition.tree, os.getcwd())
+    cwd = os.getcwd()
+    tree = resolve_paths(composition.tree, cwd)
     try:
-        tree = complete_tree(tree, check(tree, composition.violations))
+        tree = resolve_paths(complete_tree(tree, check(tree, composition.violations)), cwd)
     except InvalidConfigError as error:
         print(dump(tree), end="")
         print(error, file=sys.stderr)

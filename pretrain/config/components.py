@@ -61,11 +61,7 @@ def add_import_paths(paths: Iterable[str]) -> None:
 
 
 def is_config_class(target: object) -> TypeGuard[type]:
-    return (
-        inspect.isclass(target)
-        and dataclasses.is_dataclass(target)
-        and callable(getattr(target, "build", None))
-    )
+    return inspect.isclass(target) and dataclasses.is_dataclass(target) and callable(getattr(target, "build", None))
 
 
 def resolve_target(target: str, path: str) -> Callable[..., Any]:
@@ -77,9 +73,7 @@ def resolve_target(target: str, path: str) -> Callable[..., Any]:
     """
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise _target_fault(
-            path, target, "a target is a dotted import path", "write it as package.module.Class"
-        )
+        raise _target_fault(path, target, "a target is a dotted import path", "write it as package.module.Class")
     found, consumed = _import_longest(parts, target, path)
     for name in parts[consumed:]:
         owner, found = found, getattr(found, name, None)
@@ -171,9 +165,7 @@ def _check_foreign(
 ) -> ForeignComponent | None:
     try:
         specs, is_open = signature_specs(target)
-    except (
-        ValueError
-    ):  # some builtins and extension classes have no signature: their constructor judges the fields
+    except ValueError:  # some builtins and extension classes have no signature: their constructor judges the fields
         specs, is_open = [], True
     values = check_node(fields, specs, path, report, is_open=is_open, suggest=suggest)
     return None if values is None else ForeignComponent(name, values)

@@ -47,9 +47,11 @@ def load_run_config(
     Raises :class:`InvalidConfigError` with the faults of composition and check together.
     """
     composition = compose_leniently(overrides, config_dir)
-    tree = resolve_paths(composition.tree, cwd or os.getcwd())
+    cwd = cwd or os.getcwd()
+    tree = resolve_paths(composition.tree, cwd)
     config = check(tree, composition.violations)
-    return complete_tree(tree, config), config
+    complete = resolve_paths(complete_tree(tree, config), cwd)  # defaults hold relative paths too
+    return complete, check(complete)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
@@ -198,18 +200,14 @@ def _choice_fault(override: Override, folders: list[Path]) -> Violation | None:
     options = _options(group, folders)
     if not options:
         known = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-        return Violation(
-            group, override.input_line, "an existing config group", f"groups: {', '.join(known)}"
-        )
+        return Violation(group, override.input_line, "an existing config group", f"groups: {', '.join(known)}")
     chosen = choice if isinstance(choice, list) else [choice]
     wrong = [name for name in chosen if name is not None and name not in options and not override.is_delete()]
     if not wrong:
         return None
     close = did_you_mean(str(wrong[0]), options)
     hint = f"did you mean {group}={close}? " if close else ""
-    return Violation(
-        group, choice, f"an option of the config group {group!r}", f"{hint}options: {', '.join(options)}"
-    )
+    return Violation(group, choice, f"an option of the config group {group!r}", f"{hint}options: {', '.join(options)}")
 
 
 def _compose_files(choices: list[str], folders: list[Path], violations: list[Violation]) -> Any:
@@ -217,20 +215,24 @@ def _compose_files(choices: list[str], folders: list[Path], violations: list[Vio
     import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    search_path = [f"'file://{str(folder).replace(chr(39), chr(92) + chr(39))}'" for folder in folders[1:]]
+    *users, shipped = folders
     try:
-        with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="pretrain"):
-            return hydra_compose(PRIMARY, overrides=[*choices, f"hydra.searchpath=[{','.join(search_path)}]"])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        with initialize_config_dir(str(shipped), version_base="1.3", job_name="pretrain"):
+            # A search path given as an override would be searched last, and could not replace a shipped file.
+            loader = GlobalHydra.instance().config_loader()
+            for folder in users:
+                loader.get_search_path().prepend("user", f"file://{folder}", anchor="main")
+            loader.repository.initialize_sources(loader.get_search_path())
+            return hydra_compose(PRIMARY, overrides=choices)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         cause = error.__cause__ or error.__context__
         detail = str(error).strip() or f"{type(cause).__name__}: {cause}"
         searched = ", ".join(map(str, folders))
-        fault = Violation(
-            COMPOSED_FILES, choices, f"files that compose; Hydra says: {detail}", f"look in {searched}"
-        )
+        fault = Violation(COMPOSED_FILES, choices, f"files that compose; Hydra says: {detail}", f"look in {searched}")
         raise InvalidConfigError([*violations, fault]) from error
 
 
@@ -249,9 +251,7 @@ def _apply(override: Override, cfg: Any) -> Violation | None:
         if OmegaConf.is_dict(parent) and name in parent:
             del parent[name]
             return None
-        return Violation(
-            key, override.input_line, "'~' removes a key that is there", "leave this override out"
-        )
+        return Violation(key, override.input_line, "'~' removes a key that is there", "leave this override out")
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
         return Violation(
             key,
@@ -262,13 +262,13 @@ def _apply(override: Override, cfg: Any) -> Violation | None:
 
 
 def _mark_missing(cfg: Any, path: str) -> None:
+    """Mark a value that an unusable override meant to replace; a key that is not there needs no mark."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        OmegaConf.update(cfg, path, MISSING_VALUE, merge=False, force_add=True)
-    except (OmegaConfBaseException, TypeError, ValueError, AttributeError):
-        return  # no such place in the tree: the violation stands on its own
+    parent_path, _, name = path.rpartition(".")
+    parent = OmegaConf.select(cfg, parent_path, default=None) if parent_path else cfg
+    if OmegaConf.is_dict(parent) and name in parent:
+        parent[name] = MISSING_VALUE
 
 
 def _resolve(node: Any, path: str, violations: list[Violation]) -> Any:
@@ -299,9 +299,7 @@ def _resolve(node: Any, path: str, violations: list[Violation]) -> Any:
             )
             items.append(MISSING_VALUE)
             continue
-        items.append(
-            _resolve(value, where, violations) if isinstance(value, DictConfig | ListConfig) else value
-        )
+        items.append(_resolve(value, where, violations) if isinstance(value, DictConfig | ListConfig) else value)
     return items if is_list else dict(zip(keys, items, strict=True))
 
 

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pretrain.config.check import check, complete_tree, schema_leaves
-from pretrain.config.components import COMPONENT_FIELDS, is_config_class, resolve_target
+from pretrain.config.components import (
+    COMPONENT_FIELDS,
+    TARGET,
+    add_import_paths,
+    is_config_class,
+    resolve_target,
+)
 from pretrain.config.compose import parse_override, resolve_paths
 from pretrain.config.typecheck import MISSING_VALUE
 from pretrain.config.violation import InvalidConfigError, Violation, did_you_mean
@@ -58,9 +64,7 @@ def load(text: str, source: str = "the frozen configuration") -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{source} is not valid YAML ({error}); restore it or use an earlier revision"
-        ) from error
+        raise ValueError(f"{source} is not valid YAML ({error}); restore it or use an earlier revision") from error
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         raise ValueError(f"{source} holds {kind}, expected a mapping; restore it or use an earlier revision")
@@ -112,8 +116,9 @@ def extend(
 def extendable_paths(tree: Mapping[str, Any]) -> list[str]:
     """Paths of all fields that a continued run may change, those of the tree's component classes included."""
     paths = [path for path, _, metadata in schema_leaves() if metadata.get("extendable")]
+    add_import_paths(tree["run"]["import_paths"])
     for name in COMPONENT_FIELDS:
-        cls = resolve_target(tree[name]["_target_"], f"{name}._target_")
+        cls = resolve_target(tree[name][TARGET], f"{name}.{TARGET}")
         if is_config_class(cls):
             paths += [f"{name}.{f.name}" for f in dataclasses.fields(cls) if f.metadata.get("extendable")]
     return paths
@@ -132,26 +137,21 @@ def _extend_one(tree: dict[str, Any], override: Override, extendable: list[str])
     node: Any = tree
     *parents, name = key.split(".")
     for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    is_known = isinstance(node, dict) and name in node
+        node = node.get(parent, {}) if isinstance(node, dict) else {}
+    known = node.get(name, ABSENT) if isinstance(node, dict) else ABSENT
     if override.is_delete() or override.package is not None or key not in extendable:
-        if is_known and not override.is_delete() and node[name] == override.value():
+        if known is not ABSENT and not override.is_delete() and known == override.value():
             return None
-        close = None if is_known else did_you_mean(key, extendable)
+        close = did_you_mean(key, extendable) if known is ABSENT else None
         return Violation(
             key,
             override.input_line,
             "a continued run may change extendable fields only",
-            f"did you mean {close}?"
-            if close
-            else f"start a new run, or change one of: {', '.join(extendable)}",
+            f"did you mean {close}?" if close else f"start a new run, or change one of: {', '.join(extendable)}",
         )
-    assert is_known, f"{key} is extendable but not in the frozen tree"
     value = override.value()
     if isinstance(value, str) and ("${" in value or value == MISSING_VALUE):
-        return Violation(
-            key, value, "a plain value: a frozen configuration holds no interpolations", "write it out"
-        )
+        return Violation(key, value, "a plain value: a frozen configuration holds no interpolations", "write it out")
     node[name] = value
     return None
 

@@ -133,8 +133,7 @@ def _global_batch_divides(global_batch: int, micro_batch: int, num_processes: in
     yield Violation(
         "train.global_batch_size",
         global_batch,
-        "a multiple of train.micro_batch_size x data-parallel size"
-        f" = {micro_batch} x {num_processes} = {unit}",
+        f"a multiple of train.micro_batch_size x data-parallel size = {micro_batch} x {num_processes} = {unit}",
         "nearest: " + " or ".join(f"train.global_batch_size={n}" for n in nearest),
     )
 
@@ -224,6 +223,4 @@ def _name_is_a_folder_name(name: str) -> Iterator[Violation]:
 def _import_paths_exist(import_paths: list[str]) -> Iterator[Violation]:
     for i, path in enumerate(import_paths):
         if not Path(path).expanduser().is_dir():
-            yield Violation(
-                f"run.import_paths[{i}]", path, "an existing folder", "correct or remove the path"
-            )
+            yield Violation(f"run.import_paths[{i}]", path, "an existing folder", "correct or remove the path")

@@ -1,10 +1,12 @@
 """Typed configuration schema: what a run may say, with units. Torch-free.
 
-The tree has one node per Hydra group. ``model``, ``data`` and ``objective`` are *components*: their node names a class
-with ``_target_`` and the rest are its fields, so a class from outside this repository is configured the same way as ours
+The tree has one node per Hydra group. ``model``, ``data`` and ``objective`` are *components*: their node names a
+class with ``_target_`` and the rest are its fields, so a class from outside this repository is configured the same way as ours
 (see :mod:`pretrain.config.components`).
 
-A field is *extendable* when its metadata says so: only such fields may change when a run is continued.
+A field is *extendable* when its metadata says so: only such fields may change when a run is continued. They are the
+length of the run, intervals, logging, and the layout (processes, micro-batch, ZeRO stage), on which results do not
+depend beyond floating-point rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class TrainConfig:
 
     steps: int = field(default=100, metadata=EXTENDABLE)
     global_batch_size: int = 8
-    micro_batch_size: int = 2
+    micro_batch_size: int = field(default=2, metadata=EXTENDABLE)
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_grad_norm: float | None = 1.0
     log_interval: int = field(default=1, metadata=EXTENDABLE)
@@ -83,10 +85,10 @@ class EngineConfig:
     """
 
     name: Literal["deepspeed"] = "deepspeed"
-    zero_stage: int = 1
-    reduce_bucket_size: int = 50_000_000
-    allgather_bucket_size: int = 50_000_000
-    overlap_comm: bool = False
+    zero_stage: int = field(default=1, metadata=EXTENDABLE)
+    reduce_bucket_size: int = field(default=50_000_000, metadata=EXTENDABLE)
+    allgather_bucket_size: int = field(default=50_000_000, metadata=EXTENDABLE)
+    overlap_comm: bool = field(default=False, metadata=EXTENDABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +96,10 @@ class LauncherConfig:
     """How processes start. One process per rank; ``threads_per_process`` is ``OMP_NUM_THREADS`` (None: share cores)."""
 
     name: Literal["local"] = "local"
-    num_processes: int = 1
-    threads_per_process: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    shutdown_grace_s: float = 120.0
+    num_processes: int = field(default=1, metadata=EXTENDABLE)
+    threads_per_process: int | None = field(default=None, metadata=EXTENDABLE)
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=EXTENDABLE)
+    shutdown_grace_s: float = field(default=120.0, metadata=EXTENDABLE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,11 +59,7 @@ def join(path: str, key: str) -> str:
 def dataclass_specs(cls: type) -> list[FieldSpec]:
     """The constructor fields of a dataclass, in order."""
     hints = _type_hints(cls)
-    return [
-        FieldSpec(f.name, hints.get(f.name, Any), _dataclass_default(f))
-        for f in dataclasses.fields(cls)
-        if f.init
-    ]
+    return [FieldSpec(f.name, hints.get(f.name, Any), _dataclass_default(f)) for f in dataclasses.fields(cls) if f.init]
 
 
 def signature_specs(target: Callable[..., Any]) -> tuple[list[FieldSpec], bool]:
@@ -254,8 +250,7 @@ def _check_sequence(value: Any, annotation: Any, path: str, report: Report, defa
         return _wrong(value, annotation, path, report, default)
     kinds: Iterator[Any] = iter(args) if is_fixed else iter([args[0] if args else Any] * len(value))
     items = [
-        check_value(item, kind, f"{path}[{i}]", report)
-        for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
+        check_value(item, kind, f"{path}[{i}]", report) for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
     ]
     if any(item is UNSOUND for item in items):
         return UNSOUND
@@ -275,9 +270,7 @@ def _check_mapping(value: dict[Any, Any], args: tuple[Any, ...], path: str, repo
 
 
 def _wrong(value: Any, annotation: Any, path: str, report: Report, default: Any) -> Any:
-    report.fault(
-        path, value, f"must be {describe_type(annotation)}", _type_fix(value, annotation, path, default)
-    )
+    report.fault(path, value, f"must be {describe_type(annotation)}", _type_fix(value, annotation, path, default))
     return UNSOUND
 
 
@@ -316,9 +309,7 @@ def _report_unknown_key(
 def _type_hints(target: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target)
-    except (
-        Exception
-    ):  # names that exist only for type checkers, or no annotations at all: nothing to check against
+    except Exception:  # names that exist only for type checkers, or no annotations at all: nothing to check against
         return {}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Violation:
-    """One fault: a field's dotted ``path``, the value ``found`` there, the ``rule`` it breaks and a ``fix``."""
+    """One fault: a field's dotted ``path``, the value ``found`` there, the ``rule`` broken and a ``fix``."""
 
     path: str
     found: object

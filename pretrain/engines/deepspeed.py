@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         )
 
     def _clip(self) -> float:
-        """Clip by the global norm at stage 0, where gradients are whole on every rank; DeepSpeed keeps no norm there."""
+        """Clip by the global norm at stage 0: gradients are whole on every rank and DeepSpeed keeps no norm there."""
         trained = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         return float(nn.utils.clip_grad_norm_(trained, self._clip_norm or math.inf))
 
@@ -131,7 +131,8 @@ class _Clock:
             if isinstance(before, float) and isinstance(after, float):
                 elapsed = after - before
             else:
-                assert not isinstance(before, float) and not isinstance(after, float)
+                assert not isinstance(before, float)
+                assert not isinstance(after, float)
                 elapsed = before.elapsed_time(after) / 1e3
             totals[phase] = totals.get(phase, 0.0) + elapsed
         return totals

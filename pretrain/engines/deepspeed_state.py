@@ -51,7 +51,7 @@ class DeepSpeedState:
         self._partitions = self._flat_partitions() if stage else []
 
     def _flat_partitions(self) -> list[Tensor]:
-        """This rank's FP32 partition of each parameter group (the second name is that of the bf16 stage-1 optimizer)."""
+        """This rank's FP32 partition of each parameter group; the second name is the bf16 stage-1 optimizer's."""
         for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(self._zero, name):
                 return list(getattr(self._zero, name))
@@ -146,7 +146,11 @@ def _cut(parameter: CanonicalParameter, slot: str, start: int, values: Tensor) -
 
 
 def _paste(
-    parameter: CanonicalParameter, share: LocalShare, target: Tensor, reader: CheckpointReader, slot: str | None
+    parameter: CanonicalParameter,
+    share: LocalShare,
+    target: Tensor,
+    reader: CheckpointReader,
+    slot: str | None,
 ) -> None:
     """Fill ``target``, this rank's flat range of a parameter, from the stored parts (slot None: the weight)."""
     start, stop = share.start, share.start + target.numel()

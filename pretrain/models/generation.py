@@ -43,12 +43,14 @@ def generate(
     """Continue one prompt.
 
     Args:
-        model: an ``nn.Module`` with the :class:`RecurrentLM` methods; left in the mode (train or eval) it was in.
+        model: an ``nn.Module`` with the :class:`RecurrentLM` methods; left in the mode (train or eval) it was
+            in.
         prompt_tokens: at least one token.
         max_new_tokens: upper limit of new tokens.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only; None for all.
-        seed: together with the number of tokens drawn before, keys each draw, so a longer run starts like a shorter one.
+        seed: together with the number of tokens drawn before, keys each draw, so a longer run starts like a
+            shorter one.
         stop_token: ends the text when drawn, and is returned as its last token.
 
     Returns:
@@ -58,9 +60,7 @@ def generate(
         ValueError: for an empty prompt, a negative temperature or ``top_k`` < 1.
     """
     if not prompt_tokens:
-        raise ValueError(
-            "prompt_tokens: found an empty prompt, expected at least one token; use a start or separator token"
-        )
+        raise ValueError("prompt_tokens: found an empty prompt, expected at least one token; use a separator token")
     if temperature < 0:
         raise ValueError(f"temperature: found {temperature}, expected 0 (most likely token) or more")
     if top_k is not None and top_k < 1:

@@ -1,6 +1,7 @@
 """Causal grouped-query attention over packed documents (Ainslie et al., arXiv 2305.13245).
 
-Shapes: L = sequence length, S = cached keys, B = batch, D = model width, H = query heads, J = key/value heads, P = head dim.
+Shapes: L = sequence length, S = cached keys, B = batch, D = model width, H = query heads, J = key/value
+heads, P = head dim.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from pretrain.parallel.layers import ParallelLayers
 
 
 class AttentionCache:
-    """Keys and values seen so far; the buffers double when full, so appending costs amortised constant time."""
+    """Keys and values seen so far. The buffers double when full: appending costs amortised constant time."""
 
-    def __init__(
-        self, batch_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, batch_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.length = 0
         self._keys_BJSP = torch.empty(batch_size, heads, 0, head_dim, dtype=dtype, device=device)
         self._values_BJSP = torch.empty_like(self._keys_BJSP)
@@ -81,7 +80,8 @@ class Attention(nn.Module):
     def forward(self, x_LBD: Tensor, layout: SequenceLayout, cache: AttentionCache | None = None) -> Tensor:
         """Attend.
 
-        With a cache, the new positions are appended to it: either a whole prompt to an empty cache, or one position at
+        With a cache, the new positions are appended to it: either a whole prompt to an empty cache, or one
+            position at
         a time.
         """
         length, batch_size, _ = x_LBD.shape
@@ -95,9 +95,7 @@ class Attention(nn.Module):
             q_LBHP, k_LBJP, v_LBJP = qkv_LBHP.split([heads, kv_heads, kv_heads], dim=2)
         q_BHLP, k_BJSP, v_BJSP = (t.permute(1, 2, 0, 3) for t in (q_LBHP, k_LBJP, v_LBJP))
         if cache is not None:
-            assert length == 1 or cache.length == 0, (
-                "a cache takes a whole prompt first, then single positions"
-            )
+            assert length == 1 or cache.length == 0, "a cache takes a whole prompt first, then single positions"
             k_BJSP, v_BJSP = cache.append(k_BJSP, v_BJSP)
         mask = layout.attention_mask_B1LL
         y_BHLP = F.scaled_dot_product_attention(

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from pretrain.nn.initialisation import Initialiser, constant
 from pretrain.nn.layout import SequenceLayout
-from pretrain.ops.norm import RMSNorm
+from pretrain.nn.norm import RMSNorm
 
 
 class Mixer(Protocol):
     """What a sublayer offers besides being an ``nn.Module``."""
 
     def __call__(self, x_LBD: Tensor, layout: SequenceLayout, cache: Any = None) -> Tensor:
-        """Mix; with a cache, continue from it and update it (a prompt into an empty cache, then single positions)."""
+        """Mix; with a cache, continue from it and update it (a prompt into an empty cache, then single
+        positions).
+        """
         ...
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,8 +1,8 @@
 """Parameters and forward FLOPs of each layer kind. Torch-free: planning reads this without loading torch.
 
-FLOPs count matrix products only (two for each multiply-add), as executed: causal attention and the intra-chunk part of SSD
-compute full square matrices, and no half is deducted. Norms, activations and the depthwise convolution are left out; the
-backward pass costs twice the forward.
+FLOPs count matrix products only (two for each multiply-add), as executed: causal attention and the
+intra-chunk part of SSD compute full square matrices, and no half is deducted. Norms, activations and the
+depthwise convolution are left out; the backward pass costs twice the forward.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def norm_cost(width: int) -> Cost:
     return Cost(width, 0)
 
 
-def attention_cost(
-    width: int, num_heads: int, num_kv_heads: int, head_dim: int, sequence_length: int
-) -> Cost:
+def attention_cost(width: int, num_heads: int, num_kv_heads: int, head_dim: int, sequence_length: int) -> Cost:
     """Grouped-query attention: projections, scores and weighted values, every query against every key."""
     projections = linear_cost(width, (num_heads + 2 * num_kv_heads) * head_dim) + linear_cost(
         num_heads * head_dim, width
@@ -54,9 +52,10 @@ def mlp_cost(width: int, hidden_size: int, gated: bool) -> Cost:
 def mamba2_cost(
     width: int, inner: int, head_dim: int, state_dim: int, num_groups: int, conv_kernel: int, chunk_size: int
 ) -> Cost:
-    """Mamba-2 mixer: projections and the four products of the chunked SSD algorithm (arXiv 2405.21060, section 6).
+    """Mamba-2 mixer: projections and the four products of chunked SSD (arXiv 2405.21060, section 6).
 
-    Per token and chunk of Q: C B^T (2 Q N G), its product with the inputs (2 Q inner), the chunk's state (2 N inner) and
+    Per token and chunk of Q: C B^T (2 Q N G), its product with the inputs (2 Q inner), the chunk's state (2 N
+        inner) and
     the state's output (2 N inner). Carrying states between chunks is left out (a factor Q smaller).
     """
     heads = inner // head_dim

@@ -1,7 +1,7 @@
 """Parameter initialisation that depends on nothing but (seed, canonical name).
 
-Every logical tensor is drawn on the CPU in fp32 from its own generator, then rounded to the parameter's dtype: the values
-are the same for any construction order, number of processes, layout, device or packing.
+Every logical tensor is drawn on the CPU in fp32 from its own generator, then rounded to the parameter's
+dtype: the values are the same for any construction order, number of processes, layout, device or packing.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def initialise(module: nn.Module, initialisers: Mapping[str, Initialiser], seed:
     """Fill every parameter of ``module``.
 
     Args:
-        initialisers: one for each parameter name of ``module`` (a packed parameter's components share it, each with its
-            own generator).
+        initialisers: one for each parameter name of ``module`` (a packed parameter's components share it,
+            each with its own generator).
         seed: run seed.
 
     Raises:

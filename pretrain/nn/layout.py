@@ -19,10 +19,11 @@ class SequenceLayout:
     Args:
         length, batch_size: L and B of the hidden states x_LBD.
         device: where the hidden states live.
-        segment_ids_LB: document of each token within its row; None when every row is one document. Padding has its own
-            id (-1), so it forms a segment of its own and reaches no real token.
+        segment_ids_LB: document of each token within its row; None when every row is one document. Padding
+            has its own id (-1), so it forms a segment of its own and reaches no real token.
         position_ids_LB: position of each token within its document; None counts from ``first_position``.
-        first_position: position of the first token when ``position_ids_LB`` is None (length of a cached prefix).
+        first_position: position of the first token when ``position_ids_LB`` is None (length of a cached
+            prefix).
     """
 
     def __init__(
@@ -37,19 +38,19 @@ class SequenceLayout:
         for name, ids in (("segment_ids", segment_ids_LB), ("position_ids", position_ids_LB)):
             if ids is not None and tuple(ids.shape) != (length, batch_size):
                 raise ValueError(
-                    f"{name}: found shape {tuple(ids.shape)}, expected {(length, batch_size)} (sequence, batch) like the "
-                    "tokens; transpose batch-first arrays"
+                    f"{name}: found shape {tuple(ids.shape)}, expected {(length, batch_size)} (sequence, batch) "
+                    "like the tokens; transpose batch-first arrays"
                 )
         self.length = length
         self.batch_size = batch_size
         self.device = device
-        self.segment_ids_LB = segment_ids_LB
+        self.segment_ids_LB = None if segment_ids_LB is None else segment_ids_LB.contiguous()
         self._position_ids_LB = position_ids_LB
         self._first_position = first_position
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     @cached_property
-    def position_ids_LB(self) -> Tensor:
+    def position_ids_LB(self) -> Tensor:  # noqa: N802
         """Positions within documents; without given ids, one row broadcast over the batch ([L, 1])."""
         if self._position_ids_LB is not None:
             return self._position_ids_LB
@@ -57,8 +58,8 @@ class SequenceLayout:
         return torch.arange(start, start + self.length, device=self.device).unsqueeze(1)
 
     @cached_property
-    def attention_mask_B1LL(self) -> Tensor | None:
-        """True where query (third dim) may see key (last dim): same document, not later. None: plain causal."""
+    def attention_mask_B1LL(self) -> Tensor | None:  # noqa: N802
+        """True where query (third dim) may see key (last): same document, not later. None: plain causal."""
         if self.segment_ids_LB is None:
             return None
         ids_BL = self.segment_ids_LB.t()
@@ -67,7 +68,9 @@ class SequenceLayout:
         return (same_BLL & causal_LL).unsqueeze(1)
 
     def rotary_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for these positions (see :func:`pretrain.nn.rope.rotary_tables`), shared by all layers."""
+        """Cosines and sines for these positions (see :func:`pretrain.nn.rope.rotary_tables`), shared by all
+        layers.
+        """
         key = (head_dim, theta)
         if key not in self._rotary:
             self._rotary[key] = rotary_tables(self.position_ids_LB, head_dim, theta)

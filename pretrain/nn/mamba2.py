@@ -1,7 +1,7 @@
 """Mamba-2 mixer (Dao & Gu, arXiv 2405.21060).
 
-Shapes: L = sequence length, B = batch, D = model width, H = heads, P = head dim, G = groups, N = state size, K = conv kernel
-width, I = inner width (H * P), C = convolved channels (I + 2 * G * N).
+Shapes: L = sequence length, B = batch, D = model width, H = heads, P = head dim, G = groups, N = state size,
+K = conv kernel width, I = inner width (H * P), C = convolved channels (I + 2 * G * N).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pretrain.nn.initialisation import (
     uniform,
 )
 from pretrain.nn.layout import SequenceLayout
-from pretrain.ops.causal_conv import causal_conv1d, causal_conv1d_final_state, causal_conv1d_step
-from pretrain.ops.norm import RMSNormGated
+from pretrain.nn.norm import RMSNormGated
+from pretrain.ops.blocks import arithmetic_dtype
+from pretrain.ops.conv import causal_conv, causal_conv_final_state, causal_conv_step
 from pretrain.ops.ssd import ssd_chunked, ssd_step
 from pretrain.parallel.layers import ParallelLayers, exempt_from_weight_decay
 
@@ -37,7 +38,9 @@ class Mamba2Cache:
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, parameters only: weight [C, K] and bias [C], packed by component."""
+    """Depthwise causal convolution over time, parameters only: weight [C, K] and bias [C], packed by
+    component.
+    """
 
     def __init__(self, components: dict[str, int], kernel: int) -> None:
         super().__init__()
@@ -50,9 +53,10 @@ class ShortConv(nn.Module):
 class Mamba2Mixer(nn.Module):
     """Selective state-space mixer: x_LBD -> y_LBD.
 
-    One projection gives gate z, input x, B, C and step dt; a causal convolution with SiLU runs jointly over x, B and C; the
-    SSD recurrence h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t, y_t = C_t h_t + D x_t follows, then a gated RMSNorm over groups
-    (gate first) and the output projection. State and convolution restart at document boundaries.
+    One projection gives gate z, input x, B, C and step dt; a causal convolution with SiLU runs jointly over
+    x, B and C; the SSD recurrence h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t, y_t = C_t h_t + D x_t follows,
+    then a gated RMSNorm over groups (gate first) and the output projection. State and convolution restart at
+    document boundaries.
 
     Args:
         width: D.
@@ -93,8 +97,8 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = layers.row(inner, width)
 
     def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:
-        """Normal projections; A in (-16, -1], D = 1, step sizes log-uniform in [0.001, 0.1) as in the reference
-        implementation of the paper; convolution as ``torch.nn.Conv1d``."""
+        """Normal projections, A in (-16, -1], D = 1, step sizes log-uniform in [0.001, 0.1), convolution as
+        ``torch.nn.Conv1d``."""
         conv_bound = 1 / math.sqrt(self.conv_kernel)
         return {
             "in_proj.weight": normal(std),
@@ -110,19 +114,23 @@ class Mamba2Mixer(nn.Module):
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Mamba2Cache:
         """Zero state."""
         channels = self.inner + 2 * self.num_groups * self.state_dim
+        conv_shape = (self.conv_kernel - 1, batch_size, channels)
+        ssm_shape = (batch_size, self.num_heads, self.head_dim, self.state_dim)
         return Mamba2Cache(
-            torch.zeros(self.conv_kernel - 1, batch_size, channels, dtype=dtype, device=device),
-            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_dim, device=device),
+            torch.zeros(conv_shape, dtype=dtype, device=device),
+            torch.zeros(ssm_shape, dtype=arithmetic_dtype(dtype), device=device),
         )
 
     def forward(self, x_LBD: Tensor, layout: SequenceLayout, cache: Mamba2Cache | None = None) -> Tensor:
         """Mix.
 
-        With a cache, continue from it and update it: either a whole prompt into an empty cache, or one position at a time.
+        With a cache, continue from it and update it: either a whole prompt into an empty cache, or one
+            position at a time.
         """
         channels = self.inner + 2 * self.num_groups * self.state_dim
         z_LBI, xBC_LBC, dt_LBH = self.in_proj(x_LBD).split([self.inner, channels, self.num_heads], dim=-1)
-        dt_LBH = F.softplus(dt_LBH.float() + self.dt_bias.float())
+        work = arithmetic_dtype(x_LBD.dtype)
+        dt_LBH = F.softplus(dt_LBH.to(work) + self.dt_bias.to(work))
         if cache is None:
             y_LBI = self._scan(xBC_LBC, dt_LBH, layout)
         elif len(x_LBD) == 1:
@@ -137,8 +145,8 @@ class Mamba2Mixer(nn.Module):
         """Whole sequences; with an empty cache, leave the final state in it."""
         segments = layout.segment_ids_LB
         if cache is not None:
-            cache.conv_state_KBC = causal_conv1d_final_state(xBC_LBC, self.conv_kernel)
-        xBC_LBC = causal_conv1d(xBC_LBC, self.conv.weight, self.conv.bias, segment_ids_LB=segments)
+            cache.conv_state_KBC = causal_conv_final_state(xBC_LBC, self.conv_kernel)
+        xBC_LBC = causal_conv(xBC_LBC, self.conv.weight, self.conv.bias, segment_ids_LB=segments)
         x, B, C = self._heads(xBC_LBC)
         y_LBHP, state_BHPN = ssd_chunked(
             x, dt_LBH, self._decay(), B, C, self.D, segment_ids_LB=segments, chunk_size=self.chunk_size
@@ -149,9 +157,7 @@ class Mamba2Mixer(nn.Module):
 
     def _step(self, xBC_BC: Tensor, dt_BH: Tensor, cache: Mamba2Cache) -> Tensor:
         """One position: [B, C] -> y [B, I]."""
-        xBC_BC, cache.conv_state_KBC = causal_conv1d_step(
-            cache.conv_state_KBC, xBC_BC, self.conv.weight, self.conv.bias
-        )
+        xBC_BC, cache.conv_state_KBC = causal_conv_step(cache.conv_state_KBC, xBC_BC, self.conv.weight, self.conv.bias)
         x, B, C = self._heads(xBC_BC)
         y_BHP, cache.ssm_state_BHPN = ssd_step(cache.ssm_state_BHPN, x, dt_BH, self._decay(), B, C, self.D)
         return y_BHP.flatten(1)
@@ -168,5 +174,5 @@ class Mamba2Mixer(nn.Module):
         )
 
     def _decay(self) -> Tensor:
-        """Continuous decay A < 0 per head, fp32."""
-        return -self.A_log.float().exp()
+        """Continuous decay A < 0 per head, in fp32."""
+        return -self.A_log.to(arithmetic_dtype(self.A_log.dtype)).exp()

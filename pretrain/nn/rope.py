@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864, eq. 34), half-split pairing: feature i turns with i + P/2.
+"""Rotary position embedding (Su et al., arXiv 2104.09864, eq. 34); feature i turns with feature i + P/2.
 
 Shapes: L = sequence length, B = batch, H = heads, P = head dim.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from pretrain.ops.blocks import arithmetic_dtype
 
 
 def rotary_tables(position_ids_LB: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +24,9 @@ def rotary_tables(position_ids_LB: Tensor, head_dim: int, theta: float) -> tuple
 
 
 def apply_rotary(x_LBHP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + P/2) of the last dimension; computed in fp32, returned in the dtype of ``x_LBHP``."""
-    first, second = x_LBHP.float().chunk(2, dim=-1)
+    """Rotate each pair (i, i + P/2) of the last dimension; computed in fp32, returned in the dtype of
+    ``x_LBHP``.
+    """
+    first, second = x_LBHP.to(arithmetic_dtype(x_LBHP.dtype)).chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x_LBHP.dtype)

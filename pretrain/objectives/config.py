@@ -15,8 +15,8 @@ class NextTokenConfig:
     """Next-token cross-entropy.
 
     Attributes:
-        z_loss: weight of the squared log-normaliser added in training (PaLM, arXiv 2204.02311, section 5), about 1e-4
-            when used; 0 for none.
+        z_loss: weight of the squared log-normaliser added in training (PaLM, arXiv 2204.02311, section 5),
+            about 1e-4 when used; 0 for none.
     """
 
     z_loss: float = 0.0

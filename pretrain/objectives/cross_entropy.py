@@ -17,8 +17,8 @@ from pretrain.ops.blocks import arithmetic_dtype, row_blocks
 def cross_entropy_rows(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats and log-normaliser of each row.
 
-    Only the logits (in their own precision) and one number a row are kept for backward; on CPU the work is done in
-    blocks of rows that stay in the cache.
+    Only the logits (in their own precision) and one number a row are kept for backward; on CPU the work is
+    done in blocks of rows that stay in the cache.
 
     Args:
         logits_RV: fp32, bf16 or float64.
@@ -45,7 +45,7 @@ class _CrossEntropyRows(torch.autograd.Function):
         return log_z_R - target_logits_R, log_z_R.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss_R: Tensor, dlog_z_R: Tensor) -> tuple[Tensor, None]:
         logits_RV, targets_R, log_z_R = ctx.saved_tensors
         rows, vocab_size = logits_RV.shape

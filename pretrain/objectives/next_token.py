@@ -18,8 +18,8 @@ from pretrain.objectives.protocol import LossOutput
 class NextTokenObjective:
     """Cross-entropy in nats, summed over the tokens that ``loss_mask`` selects, computed in fp32.
 
-    With ``z_loss`` > 0, ``z_loss * log(Z)^2`` per target is added whenever gradients are recorded; evaluation under
-    ``torch.no_grad`` stays the pure cross-entropy, so that it converts to bits per byte.
+    With ``z_loss`` > 0, ``z_loss * log(Z)^2`` per target is added whenever gradients are recorded; evaluation
+    under ``torch.no_grad`` stays the pure cross-entropy, so that it converts to bits per byte.
     """
 
     def __init__(self, z_loss: float = 0.0) -> None:
@@ -34,11 +34,12 @@ class NextTokenObjective:
 
         Args:
             model: called as ``model(tokens_LB, segment_ids_LB, position_ids_LB)``, returns logits_LBV.
-            batch: ``tokens``, ``targets``, ``loss_mask`` [B, L]; ``segment_ids`` and ``position_ids`` [B, L], as in
-                :meth:`pretrain.models.hybrid.model.HybridLM.forward`.
+            batch: ``tokens``, ``targets``, ``loss_mask`` [B, L]; ``segment_ids`` and ``position_ids`` [B, L],
+                as in :meth:`pretrain.models.hybrid.model.HybridLM.forward`.
 
         Returns:
-            ``loss_sum``; with z-loss in training, ``metrics`` holds its parts ``cross_entropy`` and ``z_loss``.
+            ``loss_sum``; with z-loss in training, ``metrics`` holds its parts ``cross_entropy`` and
+            ``z_loss``.
         """
         tokens_LB = batch["tokens"].t().long()
         targets_LB = batch["targets"].t().long()
@@ -60,6 +61,8 @@ class NextTokenObjective:
 
 
 def _single_documents(segment_ids_LB: Tensor) -> bool:
-    """Whether every row is one document without padding: then masks can be left out. Looked up on the CPU only, where
-    reading the answer does not wait for a device."""
+    """Whether every row is one document without padding, so that masks can be left out.
+
+    Looked up on the CPU only, where reading the answer does not wait for a device.
+    """
     return segment_ids_LB.device.type == "cpu" and not bool(segment_ids_LB.any())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Sums over the target tokens of one micro-batch; the loop divides them by a denominator of the global batch.
+    """Sums over the target tokens of one micro-batch, to be divided by the denominator of the global batch.
 
     Attributes:
         loss_sum: fp32 scalar to differentiate, in nats.

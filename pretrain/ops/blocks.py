@@ -10,9 +10,7 @@ import torch
 BLOCK_NUMBERS = 1 << 17
 
 
-def row_blocks(
-    first: int, last: int, numbers_per_row: int, device: torch.device
-) -> Iterator[tuple[int, int]]:
+def row_blocks(first: int, last: int, numbers_per_row: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Consecutive (start, stop) covering rows first..last; on accelerators one block, to launch few kernels."""
     rows = last - first
     if device.type == "cpu":

@@ -57,9 +57,7 @@ def causal_conv(
             f"{channels} channels; expected ({channels}, K) and ({channels},)"
         )
     if segment_ids_LB is not None and segment_ids_LB.shape != (length, batch):
-        raise ValueError(
-            f"causal_conv: segment_ids {tuple(segment_ids_LB.shape)}, expected ({length}, {batch})"
-        )
+        raise ValueError(f"causal_conv: segment_ids {tuple(segment_ids_LB.shape)}, expected ({length}, {batch})")
     history = (weight_CK.shape[1] - 1, batch, channels)
     if initial_state_KBC is None:
         initial_state_KBC = x_LBC.new_zeros(history)
@@ -95,9 +93,7 @@ def causal_conv_final_state(
     return state.contiguous()
 
 
-def causal_conv_step(
-    state_KBC: Tensor, x_BC: Tensor, weight_CK: Tensor, bias_C: Tensor
-) -> tuple[Tensor, Tensor]:
+def causal_conv_step(state_KBC: Tensor, x_BC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """One position, for generation: (y_BC, new state [K-1, B, C]); the given state is not changed."""
     window_KBC = torch.cat([state_KBC, x_BC[None].to(state_KBC.dtype)])
     work = arithmetic_dtype(x_BC.dtype)
@@ -118,7 +114,7 @@ def _crossing_rows(documents_LB: Tensor | None, history: int) -> Tensor | None:
         return None
     crossing = torch.zeros_like(documents_LB, dtype=torch.bool)
     crossing[history:] = documents_LB[history:] != documents_LB[: documents_LB.shape[0] - history]
-    return crossing.view(-1).nonzero().squeeze(1)
+    return crossing.reshape(-1).nonzero().squeeze(1)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -150,7 +146,7 @@ class _CausalConv(torch.autograd.Function):
         return y_LBC
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy_LBC: Tensor) -> tuple[Tensor | None, ...]:
         x_LBC, weight_CK, bias_C, initial_KBC, documents_LB, crossing = ctx.saved_tensors
         work = arithmetic_dtype(x_LBC.dtype)

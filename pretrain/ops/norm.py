@@ -55,9 +55,7 @@ def _norm(x: Tensor, z: Tensor | None, weight_D: Tensor, num_groups: int, eps: f
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, z_RD: Tensor | None, weight_D: Tensor, num_groups: int, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, z_RD: Tensor | None, weight_D: Tensor, num_groups: int, eps: float) -> Tensor:
         work = arithmetic_dtype(x_RD.dtype)
         rows, width = x_RD.shape
         weight = weight_D.to(work)
@@ -74,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
         return out_RD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, z_RD, weight_D, rstd_RG = ctx.saved_tensors
         work = rstd_RG.dtype
@@ -104,9 +102,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx_RD, dz_RD, dweight.to(weight_D.dtype), None, None
 
 
-def _gate(
-    x_RD: Tensor, z_RD: Tensor | None, start: int, stop: int, work: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+def _gate(x_RD: Tensor, z_RD: Tensor | None, start: int, stop: int, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Rows of x * silu(z) as a dense tensor, and the gate."""
     x = x_RD[start:stop].to(work)
     if z_RD is None:

@@ -1,12 +1,13 @@
 """Linear and embedding builders: the one place where a layer says how it is split over devices.
 
-A mixer asks its ``ParallelLayers`` for a column-parallel projection (output features split), a row-parallel one (input
-features split, outputs summed) or a fused column-parallel one (several logical projections stored in one matrix).
-:class:`TorchLayers` answers with plain ``torch.nn`` modules, that is, one device or data parallelism only.
+A mixer asks its ``ParallelLayers`` for a column-parallel projection (output features split), a row-parallel
+one (input features split, outputs summed) or a fused column-parallel one (several logical projections stored
+in one matrix). :class:`TorchLayers` answers with plain ``torch.nn`` modules, that is, one device or data
+parallelism only.
 
-*Canonical* names address logical tensors: a module that packs several of them along dim 0 of one parameter declares
-``canonical_components = {local parameter name: {component: rows}}``, and component ``z`` of ``layers.3.mixer.in_proj.weight``
-is called ``layers.3.mixer.in_proj.z.weight``.
+*Canonical* names address logical tensors: a module that packs several of them along dim 0 of one parameter
+declares ``canonical_components = {local parameter name: {component: rows}}``, and component ``z`` of
+``layers.3.mixer.in_proj.weight`` is called ``layers.3.mixer.in_proj.z.weight``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 
 class ParallelLayers(Protocol):
-    """Builder of the layers that a parallel layout may split. Sizes are logical (whole-model) feature counts."""
+    """Builder of the layers that a parallel layout may split. Sizes count features of the whole model."""
 
     def column(self, d_in: int, d_out: int, bias: bool = False) -> nn.Module:
         """Linear [..., d_in] -> [..., d_out], output features split."""
@@ -39,7 +40,7 @@ class ParallelLayers(Protocol):
 
 
 class FusedLinear(nn.Linear):
-    """Linear layer whose output rows are named components, in order: [..., d_in] -> [..., sum of components]."""
+    """Linear layer whose output rows are named components: [..., d_in] -> [..., sum of components]."""
 
     def __init__(self, d_in: int, components: Mapping[str, int], bias: bool = False) -> None:
         super().__init__(d_in, sum(components.values()), bias=bias)
@@ -81,7 +82,8 @@ def _exempt_bias(layer: nn.Linear) -> nn.Linear:
 class CanonicalSlice:
     """One logical tensor: rows ``[start, start + rows)`` of dim 0 of a stored parameter.
 
-    ``component`` is None when the parameter holds nothing else; then the slice is the whole parameter, also a scalar one.
+    ``component`` is None when the parameter holds nothing else; then the slice is the whole parameter, also a
+    scalar one.
     """
 
     name: str
@@ -100,10 +102,11 @@ class CanonicalSlice:
 
 
 def canonical_slices(module: nn.Module) -> Iterator[CanonicalSlice]:
-    """Yield every logical tensor of ``module`` once, in registration order (a tied parameter at its first name).
+    """Yield every logical tensor of ``module`` once, in registration order; a tied one at its first name.
 
     Raises:
-        ValueError: if a module's ``canonical_components`` do not cover its parameter exactly, or name one it lacks.
+        ValueError: if a module's ``canonical_components`` do not cover its parameter exactly, or name one it
+            lacks.
     """
     seen: set[int] = set()
     for module_name, owner in module.named_modules():
@@ -111,8 +114,8 @@ def canonical_slices(module: nn.Module) -> Iterator[CanonicalSlice]:
         own = dict(owner.named_parameters(recurse=False))
         for local in packed.keys() - own.keys():
             raise ValueError(
-                f"{module_name or type(owner).__name__}: canonical_components names '{local}', expected one of "
-                f"{sorted(own)}; declare only parameters that the module registers itself"
+                f"{module_name or type(owner).__name__}: canonical_components names '{local}', expected one "
+                f"of {sorted(own)}; declare only parameters that the module registers itself"
             )
         prefix = f"{module_name}." if module_name else ""
         for local, parameter in own.items():
@@ -132,8 +135,8 @@ def _slices_of(
         return
     if sum(components.values()) != parameter.shape[0]:
         raise ValueError(
-            f"{name}: canonical_components {dict(components)} sum to {sum(components.values())} rows, expected "
-            f"{parameter.shape[0]}; list every packed component with its number of rows"
+            f"{name}: canonical_components {dict(components)} sum to {sum(components.values())} rows, "
+            f"expected {parameter.shape[0]}; list every packed component with its number of rows"
         )
     start = 0
     for component, rows in components.items():

@@ -72,7 +72,7 @@ class ProcessEnvironment:
             raise ProcessEnvironmentError(
                 "This process was not started as a rank: "
                 + "; ".join(faults)
-                + ". Start training with `pretrain run` (or one `srun` task per rank) instead of calling the entry directly."
+                + ". Start training with `pretrain run` (or one `srun` task per rank), not by calling the entry."
             )
         return cls(
             rank=values["SLURM_PROCID"],
@@ -112,7 +112,10 @@ def join_process_group(
     Also sets RANK, WORLD_SIZE and LOCAL_RANK, which DeepSpeed reads.
     """
     os.environ.update(
-        RANK=str(env.rank), WORLD_SIZE=str(env.world_size), LOCAL_RANK=str(env.local_rank), LOCAL_SIZE=str(env.world_size)
+        RANK=str(env.rank),
+        WORLD_SIZE=str(env.world_size),
+        LOCAL_RANK=str(env.local_rank),
+        LOCAL_SIZE=str(env.world_size),
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

@@ -76,9 +76,7 @@ def latest_config_file(run_path: Path) -> tuple[int, Path]:
     """Number and path of the highest frozen revision; revision 0 is ``config.yaml`` itself."""
     numbers = []
     with contextlib.suppress(FileNotFoundError):
-        numbers = [
-            int(m.group(1)) for entry in os.listdir(run_path / "revisions") if (m := _REVISION.match(entry))
-        ]
+        numbers = [int(m.group(1)) for entry in os.listdir(run_path / "revisions") if (m := _REVISION.match(entry))]
     if not numbers:
         return 0, run_path / "config.yaml"
     return max(numbers), run_path / "revisions" / f"{max(numbers):04d}.yaml"

@@ -158,5 +158,7 @@ class SamplingCallback(Callback):
         if record.step != train.steps and (not train.sample_interval or record.step % train.sample_interval):
             return
         for prompt in train.sample_prompts:
-            text = self._sampler.complete(trainer.engine.module, prompt, train.sample_tokens, seed=trainer.config.run.seed)
+            text = self._sampler.complete(
+                trainer.engine.module, prompt, train.sample_tokens, seed=trainer.config.run.seed
+            )
             self._log.write("sample", step=record.step, prompt=prompt, text=text)

@@ -87,6 +87,7 @@ class _Rank:
         self.env = env
         self.stop = stop
         self.log: Any = None
+        self.state: Any = None
         self.tracker: Any = None
 
     def train(self, checkpoint: str | None) -> int:
@@ -123,7 +124,9 @@ class _Rank:
             from pretrain.tracking.metrics_log import MetricsLog
 
             self.log = MetricsLog(
-                self.run.metrics_path, self.env.attempt, fence=lambda: check_attempt(self.run, self.env.attempt)
+                self.run.metrics_path,
+                self.env.attempt,
+                fence=lambda: check_attempt(self.run, self.env.attempt),
             )
 
     def _phase(self, name: str) -> None:
@@ -152,7 +155,7 @@ class _Rank:
         if self.env.rank == 0:
             for name in store.sweep():
                 logger.info("removed %s, left by an interrupted save", name)
-        state, callback_states = resume(store, checkpoint, engine, self.env, sources.train.fingerprint)
+        self.state, callback_states = resume(store, checkpoint, engine, self.env, sources.train.fingerprint)
         callbacks = self._callbacks(engine, store, sources)
         for callback in callbacks:
             callback.load_state_dict(callback_states.get(callback.name, {}))
@@ -171,14 +174,14 @@ class _Rank:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.log.write(
             "start",
-            step=state.step,
+            step=self.state.step,
             steps=config.train.steps,
             world_size=self.env.world_size,
             parameters=num_parameters,
             device=str(device),
             precision=config.train.precision,
             tokens_per_step=config.train.global_batch_size * getattr(config.data, "sequence_length", 1),
-            resumed=state.step > 0,
+            resumed=self.state.step > 0,
         )
         self._start_tracker(sources, num_parameters)
         trainer = Trainer(
@@ -186,7 +189,7 @@ class _Rank:
             engine=engine,
             objective=objective,
             open_stream=open_stream,
-            state=state,
+            state=self.state,
             stop=self.stop,
             callbacks=callbacks,
         )
@@ -252,7 +255,8 @@ class _Rank:
             return
         try:
             if self.log is not None:
-                self.log.write("end", status=status, message=message)
+                step = self.state.step if self.state is not None else 0
+                self.log.write("end", step=step, status=status, message=message)
         except Exception as error:  # A lost lease, a full disk: the original failure matters more.
             logger.error("could not record the end of the run: %s", error)
         if self.tracker is not None:

@@ -103,9 +103,7 @@ class Trainer:
             raise ValueError(
                 f"Step {self.state.step}: the global batch holds no target token; check the data set's loss mask"
             )
-        rate = learning_rate(
-            self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step
-        )
+        rate = learning_rate(self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step)
         result = self.engine.train_step(batches, self.objective, denominator, rate)
 
         memory = (

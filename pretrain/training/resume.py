@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.damage import describe_damage
 from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
 from pretrain.checkpoint.reader import CheckpointReader
-from pretrain.checkpoint.store import CheckpointStore, intact_before, verify
+from pretrain.checkpoint.store import CheckpointStore, verify
 from pretrain.engines.base import Engine
 from pretrain.parallel.process import ProcessEnvironment, gather_objects
 from pretrain.training.state import TrainState
@@ -35,8 +36,8 @@ def resume(
     found = reader.training["data_fingerprint"]
     if found != data_fingerprint:
         raise CheckpointError(
-            f"{folder} was trained on data with fingerprint {found}, the data set now has {data_fingerprint}: the order "
-            "of samples would not continue. Restore the data set of the run, or start a new run on the new data."
+            f"{folder} was trained on data with fingerprint {found}, the data set now has {data_fingerprint}: "
+            "the order of samples would not continue. Restore the data set of the run, or start a new run on the new data."
         )
     engine.import_state(reader)
     state = TrainState.from_dict(reader.training)
@@ -54,18 +55,4 @@ def verify_together(store: CheckpointStore, folder: Path, env: ProcessEnvironmen
         failure = str(error)
     failures = sorted({text for text in gather_objects(failure) if text})
     if failures:
-        raise CorruptCheckpointError(damage_message(store, folder, failures))
-
-
-def damage_message(store: CheckpointStore, folder: Path, failures: list[str]) -> str:
-    """The damage and the way out: the newest intact checkpoint before this one."""
-    step = int(folder.name.removeprefix("step_"))
-    previous = intact_before(store, step)
-    if previous is None:
-        way_out = "No earlier intact checkpoint exists; start a new run."
-    else:
-        way_out = (
-            f"The newest intact checkpoint before it is {previous.name}: continue from it with "
-            f"`pretrain resume {store.root.parent} --checkpoint {previous.name}`."
-        )
-    return " ".join([*failures, way_out])
+        raise CorruptCheckpointError(describe_damage(store, folder, failures))

@@ -39,17 +39,12 @@ def formula(layer, x_LBD, segment_ids_LB=None, position_ids_LB=None):
         for i in range(length):
             positions = range(length) if position_ids_LB is None else position_ids_LB[:, b].tolist()
             allowed = [
-                j
-                for j in range(i + 1)
-                if segment_ids_LB is None or segment_ids_LB[j, b] == segment_ids_LB[i, b]
+                j for j in range(i + 1) if segment_ids_LB is None or segment_ids_LB[j, b] == segment_ids_LB[i, b]
             ]
             for h in range(heads):
                 kv = h // (heads // kv_heads)
                 query = turned(wq[h * head_dim : (h + 1) * head_dim] @ x_LBD[i, b], positions[i])
-                keys = [
-                    turned(wk[kv * head_dim : (kv + 1) * head_dim] @ x_LBD[j, b], positions[j])
-                    for j in allowed
-                ]
+                keys = [turned(wk[kv * head_dim : (kv + 1) * head_dim] @ x_LBD[j, b], positions[j]) for j in allowed]
                 values = torch.stack([wv[kv * head_dim : (kv + 1) * head_dim] @ x_LBD[j, b] for j in allowed])
                 weights = (torch.stack(keys) @ query / math.sqrt(head_dim)).softmax(0)
                 out[i, b, h * head_dim : (h + 1) * head_dim] = weights @ values

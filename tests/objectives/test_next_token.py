@@ -47,9 +47,7 @@ def test_loss_and_gradient_match_float64_cross_entropy(packed):
 
     exact = model.logits.detach().double().requires_grad_()
     mask = batch["loss_mask"]
-    expected = F.cross_entropy(
-        exact[batch["tokens"][mask].long()], batch["targets"][mask].long(), reduction="sum"
-    )
+    expected = F.cross_entropy(exact[batch["tokens"][mask].long()], batch["targets"][mask].long(), reduction="sum")
     expected.backward()
     torch.testing.assert_close(out.loss_sum.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(model.logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)

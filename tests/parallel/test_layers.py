@@ -14,9 +14,7 @@ def test_fused_column_equals_separate_linears():
     q, k, v = fused(x).split([4, 2, 3], dim=-1)
     pieces = {piece.name: piece.tensor for piece in canonical_slices(fused)}
     for name, y in (("q", q), ("k", k), ("v", v)):
-        torch.testing.assert_close(
-            nn.functional.linear(x, pieces[f"{name}.weight"], pieces[f"{name}.bias"]), y
-        )
+        torch.testing.assert_close(nn.functional.linear(x, pieces[f"{name}.weight"], pieces[f"{name}.bias"]), y)
 
 
 def test_column_and_row_shapes_and_bias_decay_exemption():

@@ -63,9 +63,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     from pretrain.parallel.process import ProcessEnvironment, join_process_group
 
     torch.set_num_threads(1)
-    join_process_group(
-        ProcessEnvironment(rank, size, rank, 0, 1, "127.0.0.1", port, 1), torch.device("cpu")
-    )
+    join_process_group(ProcessEnvironment(rank, size, rank, 0, 1, "127.0.0.1", port, 1), torch.device("cpu"))
     while True:
         try:
             function, args = pipe.recv()

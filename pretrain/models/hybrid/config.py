@@ -17,7 +17,7 @@ Violation = tuple[str, object, str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """Language model of single-sublayer residual layers, one for each symbol of ``pattern`` (arXiv 2406.07887).
+    """Language model of single-sublayer residual layers, one per symbol of ``pattern`` (arXiv 2406.07887).
 
     Attributes:
         pattern: ``M`` Mamba-2, ``*`` attention, ``-`` MLP, first layer first.
@@ -32,12 +32,13 @@ class HybridConfig:
         mamba_expand: inner width of Mamba-2 as a multiple of ``width``.
         mamba_conv_kernel: taps of the causal convolution.
         mamba_chunk_size: chunk length of the SSD algorithm, in tokens (speed only, not the result).
-        mlp_ratio: hidden features of an MLP as a multiple of ``width``, used when ``mlp_hidden_size`` is None.
+        mlp_ratio: hidden features of an MLP as a multiple of ``width``, used when ``mlp_hidden_size`` is
+            None.
         mlp_activation: ``swiglu`` (gated, three matrices), ``gelu`` or ``relu2`` (squared ReLU).
         norm_eps: added to the mean square in RMSNorm.
         tied_embeddings: the output head is the embedding matrix.
-        init_std: standard deviation of embedding and projection weights at the start; output projections of the
-            sublayers get ``init_std / sqrt(number of layers)``.
+        init_std: standard deviation of embedding and projection weights at the start; output projections of
+            the sublayers get ``init_std / sqrt(number of layers)``.
     """
 
     pattern: str
@@ -87,7 +88,9 @@ class HybridConfig:
         return round(self.mlp_ratio * self.width) if self.mlp_hidden_size is None else self.mlp_hidden_size
 
     def violations(self) -> Iterator[Violation]:
-        """Every broken rule as (field, found, rule, fix). Fields of a layer kind that the pattern lacks are not judged."""
+        """Every broken rule as (field, found, rule, fix). Fields of a layer kind that the pattern lacks are
+        not judged.
+        """
         yield from self._pattern_violations()
         broken = dict.fromkeys(name for name in self._positive_fields() if getattr(self, name) <= 0)
         for name in broken:
@@ -152,13 +155,15 @@ class HybridConfig:
 
     def _example(self, name: str) -> object:
         default = type(self).__dataclass_fields__[name].default
-        examples = {
+        examples: dict[str, object] = {
             "width": 512,
             "vocab_size": 32768,
             "max_sequence_length": 4096,
             "num_kv_heads": self.num_heads,
+            "head_dim": 64,
+            "rope_theta": 10000.0,
+            "mlp_hidden_size": 2048,
         }
-        examples |= {"head_dim": 64, "rope_theta": 10000.0, "mlp_hidden_size": 2048}
         return examples.get(name, default)
 
     def _attention_violations(self) -> Iterator[Violation]:
@@ -185,7 +190,8 @@ class HybridConfig:
             yield "mamba_head_dim", self.mamba_head_dim, rule, fix
         elif self.mamba_heads % self.mamba_groups:
             fix = f"set {_nearest_divisors(self.mamba_heads, self.mamba_groups)}"
-            rule = f"must divide the number of Mamba-2 heads ({self.mamba_heads} = mamba_expand * width / mamba_head_dim)"
+            heads = f"{self.mamba_heads} = mamba_expand * width / mamba_head_dim"
+            rule = f"must divide the number of Mamba-2 heads ({heads})"
             yield "mamba_groups", self.mamba_groups, rule, fix
 
 

@@ -7,7 +7,9 @@ from pretrain.nn.cost import Cost, attention_cost, linear_cost, mamba2_cost, mlp
 
 
 def layer_cost(config: HybridConfig, symbol: str, sequence_length: int) -> Cost:
-    """Cost of one layer (sublayer and its norm) of kind ``symbol`` at sequences of ``sequence_length`` tokens."""
+    """Cost of one layer (sublayer and its norm) of kind ``symbol`` at sequences of ``sequence_length``
+    tokens.
+    """
     if symbol == "M":
         mixer = mamba2_cost(
             config.width,

@@ -20,7 +20,7 @@ from pretrain.nn.initialisation import constant, initialise, normal
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.mamba2 import Mamba2Mixer
 from pretrain.nn.mlp import MLP
-from pretrain.ops.norm import RMSNorm
+from pretrain.nn.norm import RMSNorm
 from pretrain.parallel.layers import ParallelLayers
 
 
@@ -35,8 +35,9 @@ class HybridCache:
 class HybridLM(nn.Module):
     """Decoder-only language model with one single-sublayer residual layer for each pattern symbol.
 
-    Parameters are named ``embedding.weight``, ``layers.<i>.norm.weight``, ``layers.<i>.mixer.*``, ``final_norm.weight``
-    and, unless tied, ``head.weight``. Their values are undefined until :meth:`reset_parameters` or a checkpoint load.
+    Parameters are named ``embedding.weight``, ``layers.<i>.norm.weight``, ``layers.<i>.mixer.*``,
+    ``final_norm.weight`` and, unless tied, ``head.weight``. Their values are undefined until
+    :meth:`reset_parameters` or a checkpoint load.
     """
 
     def __init__(self, config: HybridConfig, layers: ParallelLayers) -> None:
@@ -44,8 +45,7 @@ class HybridLM(nn.Module):
         self.config = config
         self.embedding = layers.embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(
-            Block(RMSNorm(config.width, config.norm_eps), _mixer(symbol, config, layers))
-            for symbol in config.pattern
+            Block(RMSNorm(config.width, config.norm_eps), _mixer(symbol, config, layers)) for symbol in config.pattern
         )
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied_embeddings else layers.column(config.width, config.vocab_size)
@@ -53,8 +53,8 @@ class HybridLM(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Initialise every parameter from (seed, canonical name); see :mod:`pretrain.nn.initialisation`.
 
-        Embedding and projections are normal with ``init_std``; projections that write to the residual stream are divided
-        by the square root of the number of layers, so that its variance does not grow with depth.
+        Embedding and projections are normal with ``init_std``; projections that write to the residual stream
+        are divided by the square root of the number of layers, so that its variance does not grow with depth.
         """
         std = self.config.init_std
         out_std = std / math.sqrt(len(self.layers))
@@ -73,9 +73,10 @@ class HybridLM(nn.Module):
 
         Args:
             tokens_LB: int [L, B].
-            segment_ids_LB: document of each token within its row (padding: -1, at the end); no information crosses
-                documents. None when every row is one document.
-            position_ids_LB: position of each token within its document; None counts from 0. Only read with ``rope_theta``.
+            segment_ids_LB: document of each token within its row (padding: -1, at the end); no information
+                crosses documents. None when every row is one document.
+            position_ids_LB: position of each token within its document; None counts from 0. Only read with
+                ``rope_theta``.
 
         Returns:
             logits_LBV in the parameters' dtype.
@@ -83,14 +84,17 @@ class HybridLM(nn.Module):
         Raises:
             ValueError: if the id tensors are not shaped like the tokens.
         """
-        layout = SequenceLayout(*tokens_LB.shape, tokens_LB.device, segment_ids_LB, position_ids_LB)
+        length, batch_size = tokens_LB.shape
+        layout = SequenceLayout(length, batch_size, tokens_LB.device, segment_ids_LB, position_ids_LB)
         x_LBD = self.embedding(tokens_LB)
         for layer in self.layers:
             x_LBD = layer(x_LBD, layout)
         return self._logits(x_LBD)
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> HybridCache:
-        """Empty generation cache; ``dtype`` is that of the parameters. Mamba-2 states are always kept in fp32."""
+        """Empty generation cache; ``dtype`` is that of the parameters. Mamba-2 states are always kept in
+        fp32.
+        """
         device = torch.device(device)
         return HybridCache([layer.mixer.init_cache(batch_size, dtype, device) for layer in self.layers])  # type: ignore[union-attr,operator]
 
@@ -103,22 +107,25 @@ class HybridLM(nn.Module):
         """
         if cache.length or not len(tokens_LB):
             raise ValueError(
-                f"prefill: found {len(tokens_LB)} tokens and a cache of length {cache.length}, expected at least one token "
-                "and an empty cache; use decode to continue, init_cache to start anew"
+                f"prefill: found {len(tokens_LB)} tokens and a cache of length {cache.length}, expected "
+                "at least one token and an empty cache; use decode to continue, init_cache to start anew"
             )
         return self._advance(tokens_LB, cache)
 
     @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: HybridCache) -> Tensor:
-        """Consume one token for each row and return logits_BV of the next; time independent of length but for attention."""
+        """Consume one token for each row and return logits_BV of the next; time independent of length but for
+        attention.
+        """
         return self._advance(tokens_B.unsqueeze(0), cache).squeeze(0)
 
     def _advance(self, tokens_LB: Tensor, cache: HybridCache) -> Tensor:
-        layout = SequenceLayout(*tokens_LB.shape, tokens_LB.device, first_position=cache.length)
+        length, batch_size = tokens_LB.shape
+        layout = SequenceLayout(length, batch_size, tokens_LB.device, first_position=cache.length)
         x_LBD = self.embedding(tokens_LB)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_LBD = layer(x_LBD, layout, layer_cache)
-        cache.length += len(tokens_LB)
+        cache.length += length
         return self._logits(x_LBD)
 
     def _logits(self, x_LBD: Tensor) -> Tensor:

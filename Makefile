@@ -1,0 +1,67 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+#
+#   PYTHON=python3.12   interpreter of the virtual environment (default: python3, 3.11 or newer)
+#   TORCH=auto          build of torch: cpu, cuda, or auto (cuda where nvidia-smi answers)
+#   VENV=.venv          where the virtual environment goes
+
+PYTHON ?= python3
+TORCH ?= auto
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint install install-dev matrix bench clean
+
+demo: install
+	$(BIN)/pretrain data prepare stdlib data/stdlib
+	$(BIN)/pretrain run experiment=demo
+
+test: install-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mamba2_mixer.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trainer_overhead.py
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A CPU build is several GB smaller. It is taken from the indexes pip is set up with where they have it, else from
+# PyTorch's own index; the CUDA build comes from the default index.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@choice=$(TORCH); \
+	if [ $$choice = auto ]; then \
+	  if nvidia-smi -L >/dev/null 2>&1; then choice=cuda; else choice=cpu; fi; \
+	fi; \
+	case $$choice in \
+	  cuda) $(PIP) install --quiet "torch==$(TORCH_VERSION)" -c constraints.txt;; \
+	  cpu) $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" -c constraints.txt 2>/dev/null \
+	    || $(PIP) install --quiet "torch==$(TORCH_VERSION)" -c constraints.txt \
+	         --extra-index-url https://pypi.org/simple --index-url https://download.pytorch.org/whl/cpu;; \
+	  *) echo "TORCH is '$$choice'; expected auto, cpu or cuda"; exit 2;; \
+	esac
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) install --quiet -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,26 @@
+"""What an attempt leaves in its record when its ranks could not write it themselves."""
+
+from __future__ import annotations
+
+from launchers.exit_codes import ExitCode, meaning
+from launchers.lease import check_attempt
+from launchers.run_dir import RunDir
+from pretrain.tracking.metrics_log import MetricsLog, read_records
+
+
+def record_end(run: RunDir, attempt: int, code: int) -> bool:
+    """Appends an ``end`` event when ``attempt``'s ranks left none, as after SIGKILL; tells whether it did.
+
+    ``code`` is the exit code that the launcher returns. Raises FencedError when a later attempt has taken
+    over.
+    """
+    records = read_records(run.metrics_path) if run.metrics_path.exists() else []
+    own = [record for record in records if record.get("attempt") == attempt]
+    if any(record["event"] == "end" for record in own):
+        return False
+    known: dict[int, str] = {ExitCode.FINISHED: "finished", ExitCode.RESUMABLE: "interrupted"}
+    status = known.get(code, "failed")
+    steps = [record["step"] for record in own if "step" in record]
+    with MetricsLog(run.metrics_path, attempt, fence=lambda: check_attempt(run, attempt)) as log:
+        log.write("end", steps[-1] if steps else None, status=status, message=meaning(code))
+    return True

@@ -1,0 +1,55 @@
+"""The ``pretrain`` command: a table of verbs, each imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """The module that offers ``add_arguments(parser)`` and ``run(arguments) -> exit code``, and one line of help."""
+
+    module: str
+    help: str
+
+
+VERBS = {
+    "run": Verb("pretrain.commands.run", "start a new run: compose, check, freeze, launch"),
+    "resume": Verb("pretrain.commands.resume", "continue a run from its frozen configuration and last checkpoint"),
+    "data": Verb("data_pipeline.cli", "prepare, inspect and verify data sets"),
+    "config": Verb("pretrain.config.cli", "show or check a configuration without running it"),
+    "generate": Verb("pretrain.commands.generate", "complete a prompt with a checkpoint of a run"),
+    "checkpoint": Verb("pretrain.commands.checkpoint", "list or verify the checkpoints of a run"),
+    "report": Verb("pretrain.commands.report", "print the summary of a finished run"),
+    "ui": Verb("pretrain.tracking.ui", "open the MLflow UI on the tracking store"),
+    "sync": Verb("pretrain.tracking.sync", "send a run's recorded metrics to MLflow after an outage"),
+    "doctor": Verb("pretrain.doctor", "report what this machine offers and what is missing for what"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the process's exit code (:mod:`launchers.exit_codes`)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        print(f"pretrain: unknown verb {name!r}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(VERBS[name].module)
+    parser = argparse.ArgumentParser(prog=f"pretrain {name}", description=VERBS[name].help)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(rest)))
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "usage: pretrain VERB ...\n\n" + "\n".join(lines) + "\n\n`pretrain VERB --help` describes a verb."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Starting an attempt on a run directory: launcher, progress, summary. Shared by ``run`` and ``resume``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launchers.lease import Lease
+    from pretrain.config.schema import Config
+
+
+def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) -> int:
+    """Launch the ranks of the attempt that ``lease`` holds and wait; prints the summary of a finished run.
+
+    Returns the ranks' exit code.
+    """
+    from launchers.exit_codes import ExitCode
+    from launchers.local import launch
+    from launchers.progress import open_display
+
+    run = lease.run
+    run.record_attempt(lease.attempt, ["pretrain", *sys.argv[1:]])
+    print(f"run directory {_shown(run.path)} (attempt {lease.attempt})", flush=True)
+    command = [sys.executable, "-m", "pretrain.training.entry", str(run.path)]
+    if checkpoint is not None:
+        command += ["--checkpoint", checkpoint]
+    code = launch(
+        run,
+        attempt=lease.attempt,
+        num_processes=config.launcher.num_processes,
+        threads_per_process=config.launcher.threads_per_process,
+        shutdown_grace_s=config.launcher.shutdown_grace_s,
+        command=command,
+        display=open_display(run, lease.attempt),
+        lost=lease.lost,
+    )
+    if code == ExitCode.FINISHED:
+        from pretrain.commands.report import print_report
+
+        print_report(run, config)
+    elif code == ExitCode.RESUMABLE:
+        print(f"Stopped after saving. Continue with: pretrain resume {_shown(run.path)}")
+    return code
+
+
+def _shown(path: os.PathLike[str]) -> str:
+    """The path as a user would type it here."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)

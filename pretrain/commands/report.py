@@ -1,0 +1,98 @@
+"""``pretrain report``: the summary of a run, as printed at its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launchers.run_dir import RunDir
+    from pretrain.config.schema import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", help="run directory of a finished run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from launchers.exit_codes import ExitCode
+    from launchers.run_dir import RunDir, RunDirectoryError
+    from pretrain.config.check import check
+    from pretrain.config.components import add_import_paths
+
+    try:
+        run_dir = RunDir.open(arguments.run_dir)
+    except RunDirectoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.RUN_DIRECTORY_REFUSED
+    if not (run_dir.artifacts_path / "summary.json").is_file():
+        print(f"error: {run_dir.path} has not finished; continue it with `pretrain resume`", file=sys.stderr)
+        return ExitCode.INVALID_INPUT
+    tree = run_dir.config()
+    add_import_paths(tree.get("run", {}).get("import_paths") or [])
+    print_report(run_dir, check(tree))
+    return ExitCode.FINISHED
+
+
+def print_report(run: RunDir, config: Config) -> None:
+    """Print the figures in ``artifacts/summary.json``, where things are, and what to try next."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from pretrain.checkpoint.store import CheckpointStore
+
+    summary: dict[str, Any] = json.loads((run.artifacts_path / "summary.json").read_text())
+    here = os.path.relpath(run.path)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    table = Table(title=f"Finished: {config.run.name}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    if "steps" in summary:
+        table.add_row("steps, tokens", f"{summary['steps']:,} steps, {summary['tokens']:,} target tokens")
+        table.add_row(
+            "training loss", f"{summary['loss_start']:.3f} at the start, {summary['loss_end']:.3f} at the end"
+        )
+    if "validation_loss" in summary:
+        table.add_row("validation loss", f"{summary['validation_loss']:.3f} nats per token")
+    for label, value in _bits_per_byte(summary):
+        table.add_row(label, f"{value:.3f} bits per byte of held-out text")
+    if "tokens_per_s" in summary:
+        table.add_row("throughput", f"{summary['tokens_per_s']:,.0f} tokens/s (median step)")
+    table.add_row("run directory", here)
+    latest = CheckpointStore(run.checkpoints_path).latest()
+    if latest is not None:
+        table.add_row("checkpoint", os.path.relpath(latest))
+    table.add_row("MLflow run", _mlflow_run(run))
+    console.print(table)
+    for sample in summary.get("samples", [])[:1]:
+        console.print("\nA sample of generated text (the prompt is underlined):")
+        console.print(Text.assemble((sample["prompt"], "underline"), sample["text"]))
+    more = summary.get("steps", config.train.steps) * 3
+    console.print("\nNext:")
+    for command in (
+        f"pretrain resume {here} train.steps={more}",
+        f"pretrain generate {here} --prompt 'def main'",
+        "pretrain ui",
+        "pretrain config show experiment=demo model.width=256",
+    ):
+        console.print(f"  {command}", soft_wrap=True)
+
+
+def _bits_per_byte(summary: dict[str, Any]) -> list[tuple[str, float]]:
+    rows = []
+    if "validation_bits_per_byte" in summary:
+        rows.append(("this model", summary["validation_bits_per_byte"]))
+    names = {"bigram_bits_per_byte": "token bigram model", "xz_bits_per_byte": "xz -9e"}
+    return rows + [(names.get(name, name), value) for name, value in summary.get("baselines", {}).items()]
+
+
+def _mlflow_run(run: RunDir) -> str:
+    try:
+        facts = json.loads(run.mlflow_path.read_text())
+        return f"{facts['run_id']} in {facts['uri']}"
+    except (OSError, ValueError, KeyError):
+        return "not tracked"

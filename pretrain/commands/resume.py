@@ -1,0 +1,76 @@
+"""``pretrain resume RUN_DIR``: continue from the frozen configuration and a checkpoint, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", help="run directory to continue")
+    parser.add_argument("overrides", nargs="*", help="changes of extendable fields: train.steps=600 ...")
+    parser.add_argument("--checkpoint", help="checkpoint to continue from: a step or a folder name (default: latest)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from launchers.exit_codes import ExitCode
+    from launchers.run_dir import RunDirectoryError
+    from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError
+    from pretrain.config.violation import InvalidConfigError
+
+    try:
+        return _resume(arguments)
+    except InvalidConfigError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.INVALID_INPUT
+    except RunDirectoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.RUN_DIRECTORY_REFUSED
+    except CorruptCheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.CORRUPTED_CHECKPOINT
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.INVALID_INPUT
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from launchers.exit_codes import ExitCode
+    from launchers.lease import Lease
+    from launchers.run_dir import RunDir
+    from pretrain.checkpoint.damage import describe_damage
+    from pretrain.checkpoint.manifest import CorruptCheckpointError
+    from pretrain.checkpoint.store import CheckpointStore, verify
+    from pretrain.commands.launch import launch_attempt
+    from pretrain.config.check import check
+    from pretrain.config.components import add_import_paths
+    from pretrain.config.freeze import extend
+
+    run_dir = RunDir.open(arguments.run_dir)
+    # Held before anything is read: a second resume, or a revision added under a running attempt, is refused here.
+    with Lease.acquire(run_dir) as lease:
+        tree = run_dir.config()
+        add_import_paths(tree.get("run", {}).get("import_paths") or [])
+        changes = []
+        if arguments.overrides:
+            tree, changes = extend(tree, arguments.overrides)
+        config = check(tree)
+        store = CheckpointStore(run_dir.checkpoints_path)
+        folder = store.select(arguments.checkpoint)
+        if folder is None:
+            print("The run has no checkpoint yet: starting it from the beginning.")
+        else:
+            try:
+                manifest = verify(folder)
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(describe_damage(store, folder, [str(error)])) from error
+            if manifest.step >= config.train.steps:
+                print(
+                    f"Nothing to do: {folder.name} has completed {manifest.step} of {config.train.steps} steps. "
+                    f"To train on: pretrain resume {arguments.run_dir} train.steps={manifest.step + config.train.steps}"
+                )
+                return ExitCode.FINISHED
+        if changes:
+            number = run_dir.add_revision(tree, changes)
+            print(f"revision {number}: " + "; ".join(map(str, changes)))
+        return launch_attempt(lease, config, folder.name if folder is not None else None)

@@ -1,0 +1,167 @@
+"""Checkpoint folders: atomic commit, choice of the newest whole one, damage named, pruning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.checkpoint.damage import describe_damage
+from pretrain.checkpoint.fragment import Fragment
+from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.store import CheckpointStore, verify
+from pretrain.checkpoint.writer import save_checkpoint, write_rank_file
+
+
+def fragments(step: int) -> list[Fragment]:
+    values = torch.arange(12.0) + step
+    return [
+        Fragment("a.weight", "master", (3, 4), 0, values[:5]),
+        Fragment("a.weight", "master", (3, 4), 5, values[5:]),
+        Fragment("b", "weight", (2,), 0, torch.tensor([1.5, -2.0], dtype=torch.bfloat16)),
+    ]
+
+
+def save(root: Path, step: int, parts: list[Fragment] | None = None, **changes: Any) -> Path:
+    arguments: dict[str, Any] = {
+        "step": step,
+        "attempt": 1,
+        "rank": 0,
+        "gather": lambda value: [value],
+        "fence": lambda: None,
+    }
+    return save_checkpoint(
+        CheckpointStore(root), parts or fragments(step), {"step": step}, **(arguments | changes)
+    )
+
+
+def test_round_trip_reads_any_range(tmp_path: Path) -> None:
+    reader = CheckpointReader(save(tmp_path, 7))
+    assert torch.equal(reader.tensor("a.weight", "master"), (torch.arange(12.0) + 7).reshape(3, 4))
+    assert torch.equal(reader.read("a.weight", "master", 3, 9), torch.arange(3.0, 9.0) + 7)
+    assert reader.tensor("b", "weight").dtype == torch.bfloat16
+    assert reader.training == {"step": 7}
+
+
+def test_files_are_plain_safetensors(tmp_path: Path) -> None:
+    stored = load_file(save(tmp_path, 0) / "rank_00000.safetensors")
+    assert torch.equal(stored["master:a.weight:5"], torch.arange(5.0, 12.0))
+
+
+@pytest.mark.parametrize(
+    "parts", [fragments(0)[:1], [*fragments(0), Fragment("a.weight", "master", (3, 4), 4, torch.ones(1))]]
+)
+def test_gaps_and_overlaps_are_refused(tmp_path: Path, parts: list[Fragment]) -> None:
+    with pytest.raises(CheckpointError, match=r"master:a\.weight"):
+        save(tmp_path, 1, parts)
+    assert CheckpointStore(tmp_path).latest() is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_dies_midway_is_never_chosen(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
+    # What a killed process leaves: a temporary folder with some rank files, perhaps even a manifest.
+    torn = store.temporary_path(2, 1)
+    torn.mkdir()
+    write_rank_file(torn / "rank_00000.safetensors", fragments(2)[:1])
+    assert store.latest() == store.path(1)
+    assert store.steps() == [1]
+    assert store.sweep() == [torn.name]
+    assert not torn.exists()
+
+
+def test_a_stale_pointer_falls_back_to_the_newest_folder(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    store = CheckpointStore(tmp_path)
+    (tmp_path / "latest").write_text("step_00000009\n")
+    assert store.latest() == store.path(2)
+    (tmp_path / "latest").unlink()
+    assert store.latest() == store.path(2)
+
+
+def test_saving_a_step_again_replaces_it_whole(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    again = save(tmp_path, 1, fragments(100))
+    assert torch.equal(CheckpointReader(again).read("a.weight", "master", 0, 2), torch.tensor([100.0, 101.0]))
+    assert CheckpointStore(tmp_path).steps() == [1]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+
+
+def test_a_failing_rank_fails_all_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+
+    def second_rank_has_a_full_disk(value: Any) -> list[Any]:
+        return [value, (None, "OSError: [Errno 28] No space left on device")]
+
+    with pytest.raises(CheckpointError, match=r"rank 1: OSError: \[Errno 28\]"):
+        save(tmp_path, 2, gather=second_rank_has_a_full_disk)
+    assert CheckpointStore(tmp_path).steps() == [1]
+    verify(CheckpointStore(tmp_path).path(1))
+
+
+def test_a_fenced_writer_commits_nothing(tmp_path: Path) -> None:
+    calls = []
+
+    def fence() -> None:
+        calls.append(1)
+        if len(calls) == 2:  # the lease is lost between writing and committing
+            raise RuntimeError("lost to attempt 2")
+
+    with pytest.raises(CheckpointError, match="lost to attempt 2"):
+        save(tmp_path, 1, fence=fence)
+    assert CheckpointStore(tmp_path).steps() == []
+
+
+def damage_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("rank_00000.safetensors", damage_byte, "rank_00000.safetensors: hash"),
+        ("rank_00000.safetensors", lambda path: os.truncate(path, 50), "50 bytes, expected"),
+        ("rank_00000.safetensors", Path.unlink, "rank_00000.safetensors: missing"),
+        ("manifest.json", damage_byte, "manifest.json"),
+        ("manifest.json", Path.unlink, "manifest.json is missing"),
+        ("manifest.json", lambda path: path.write_text("{"), "cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_previous_checkpoint_offered(
+    tmp_path: Path, name: str, damage: Any, message: str
+) -> None:
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    damage(folder / name)
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        verify(folder)
+    text = describe_damage(CheckpointStore(tmp_path), folder, [str(caught.value)])
+    assert "--checkpoint step_00000001" in text
+
+
+def test_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path, 1)
+    monkeypatch.setattr("pretrain.checkpoint.manifest.VERSION", 0)
+    with pytest.raises(CorruptCheckpointError, match="format version 1 found, this release reads 0"):
+        Manifest.load(folder)
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    store = CheckpointStore(tmp_path)
+    assert store.prune(2) == [1, 2]
+    assert store.steps() == [3, 4]
+    assert store.prune(0) == []
+    with pytest.raises(CheckpointError, match="existing: step_00000003, step_00000004"):
+        store.select("1")
+    assert store.select("3") == store.path(3)

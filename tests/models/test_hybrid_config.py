@@ -1,0 +1,127 @@
+"""Rules of the hybrid configuration, and its cost against the real module."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.models.hybrid.config import HybridConfig
+from pretrain.models.hybrid.cost import model_cost
+from pretrain.parallel.layers import TorchLayers
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+SMALL = HybridConfig(
+    pattern="M-*-", width=32, vocab_size=50, num_heads=4, num_kv_heads=2, mamba_head_dim=16, mamba_state_dim=8
+)
+
+
+def faults(**changes):
+    return {field: (found, rule, fix) for field, found, rule, fix in dataclasses.replace(SMALL, **changes).violations()}
+
+
+def test_a_good_configuration_has_no_violations():
+    assert faults() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "rule", "fix"),
+    [
+        ({"pattern": ""}, "pattern", "one symbol for each layer", "M-M*-M-M-"),
+        ({"pattern": "MX*?"}, "pattern", "'M' Mamba-2", "'M*'"),
+        ({"num_heads": 5, "num_kv_heads": 5}, "num_heads", "divide width (32)", "4 or 8"),
+        ({"num_kv_heads": 3}, "num_kv_heads", "divide num_heads (4)", "2 or 4"),
+        ({"num_kv_heads": 9}, "num_kv_heads", "divide num_heads (4)", "4"),
+        ({"head_dim": 7, "rope_theta": 1e4}, "head_dim", "even", "8"),
+        ({"mamba_head_dim": 24}, "mamba_head_dim", "mamba_expand * width (64)", "16 or 32"),
+        ({"mamba_groups": 3}, "mamba_groups", "number of Mamba-2 heads (4", "2 or 4"),
+        ({"vocab_size": 0}, "vocab_size", "positive", "32768"),
+        ({"mamba_chunk_size": -1}, "mamba_chunk_size", "positive", "128"),
+        ({"mlp_hidden_size": 0}, "mlp_hidden_size", "positive", "2048"),
+        ({"max_sequence_length": 0}, "max_sequence_length", "positive", "4096"),
+    ],
+)
+def test_each_rule_names_field_value_and_fix(changes, field, rule, fix):
+    found = faults(**changes)
+    assert list(found) == [field]
+    assert found[field][0] == changes[field]
+    assert rule in found[field][1]
+    assert fix in found[field][2]
+
+
+def test_all_faults_are_reported_together_and_refused_by_build():
+    changes = {"pattern": "M*-Z", "num_kv_heads": 3, "mamba_groups": 3, "init_std": -1.0}
+    assert set(faults(**changes)) == {"pattern", "num_kv_heads", "mamba_groups", "init_std"}
+    with pytest.raises(ValueError, match=r"(?s)pattern = 'M\*-Z'.*init_std.*num_kv_heads.*mamba_groups"):
+        dataclasses.replace(SMALL, **changes).build(TorchLayers())
+
+
+def test_fields_of_absent_layer_kinds_are_not_judged():
+    assert faults(pattern="--", num_kv_heads=3, mamba_groups=3, mamba_head_dim=7) == {}
+
+
+def test_head_dim_frees_heads_from_dividing_width():
+    assert faults(num_heads=5, num_kv_heads=1, head_dim=8) == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_embeddings": False, "mlp_activation": "gelu", "num_kv_heads": None},
+        {
+            "mamba_groups": 2,
+            "mamba_expand": 4,
+            "head_dim": 12,
+            "mlp_activation": "relu2",
+            "mlp_hidden_size": 40,
+        },
+    ],
+)
+def test_cost_matches_the_module_and_the_flop_counter(changes):
+    config = dataclasses.replace(SMALL, mamba_chunk_size=16, **changes)
+    model = config.build(TorchLayers())
+    length = 48
+    cost = model_cost(config, length)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros(length, 2, dtype=torch.long))
+    assert cost.flops_per_token * 2 * length == counter.get_total_flops()
+
+
+def test_published_8b_hybrid_parameter_count():
+    pattern = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    config = HybridConfig(
+        pattern=pattern,
+        width=4096,
+        vocab_size=256_000,
+        num_heads=32,
+        num_kv_heads=8,
+        mamba_groups=8,
+        mlp_hidden_size=16384,
+        mlp_activation="gelu",
+        tied_embeddings=False,
+    )
+    assert list(config.violations()) == []
+    assert model_cost(config, 4096).parameters == pytest.approx(8.65e9, rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("hybrid_3m", 2e6, 3e6), ("hybrid_tiny", 1e4, 1e5)])
+def test_shipped_configurations_are_valid_and_of_the_stated_size(name, low, high):
+    fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert fields.pop("_target_") == "pretrain.models.hybrid.config.HybridConfig"
+    config = HybridConfig(**fields)
+    assert list(config.violations()) == []
+    assert low < model_cost(config, 512).parameters < high
+
+
+def test_configuration_and_cost_do_not_import_torch():
+    modules = "pretrain.models.hybrid.cost, pretrain.objectives.config"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

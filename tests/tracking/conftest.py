@@ -1,0 +1,45 @@
+"""Run directories with a record to track, and one embedded MLflow store for the whole session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.tracking.metrics_log import MetricsLog
+
+
+def _write_run(path: Path, num_steps: int = 5, **tracking: object) -> Path:
+    """A run directory as a launcher and a rank leave it, without its end."""
+    path.mkdir(parents=True)
+    tree = {"run": {"name": "demo"}, "train": {"steps": num_steps}, "tracking": tracking}
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+    git = {"revision": "0123abc", "dirty": True}
+    (path / "git.json").write_text(json.dumps(git))
+    (path / "git.diff").write_text("diff --git a/x b/x\n")
+    (path / "environment.json").write_text(json.dumps({"host": "node1", "versions": {"torch": "2.9"}}))
+    (path / "artifacts").mkdir()
+    (path / "artifacts" / "samples.txt").write_text("once upon a time\n")
+    write_steps(path, 1, 0, num_steps)
+    return path
+
+
+def write_steps(path: Path, attempt: int, first: int, last: int) -> None:
+    with MetricsLog(path / "metrics.jsonl", attempt) as log:
+        log.write("start", first, steps=last, world_size=2)
+        for step in range(first + 1, last + 1):
+            log.write("train", step, metrics={"loss": 5.0 / step, "learning_rate": 1e-3})
+        log.write("eval", last, metrics={"validation_loss": 2.5, "validation_bits_per_byte": 1.25})
+
+
+@pytest.fixture
+def write_run():
+    return _write_run
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an embedded store; its tables are made once, by the first test that writes to it."""
+    return tmp_path_factory.mktemp("mlruns")
