@@ -87,7 +87,7 @@ def build(shape: Shape) -> tuple[dict[str, Contender], dict[str, Contender]]:
         ),
         layer_idx=0,
     )  # fmt: skip
-    ours = Mamba2Mixer(
+    ours: Any = Mamba2Mixer(
         TorchLayers(), shape.width, inner=shape.inner, head_dim=shape.head_dim, state_dim=shape.state,
         num_groups=1, conv_kernel=4, chunk_size=64, norm_eps=theirs.layer_norm_epsilon,
     )  # fmt: skip

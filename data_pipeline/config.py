@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from data_pipeline.source import DataSources
@@ -18,6 +18,8 @@ class TextDataConfig:
     ``sequence_length`` counts positions (input tokens) in a row. ``num_lanes`` is the number of independent
     streams that the global order interleaves; None takes what the dataset recommends for its size.
     """
+
+    path_fields: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str
     sequence_length: int
@@ -68,3 +70,14 @@ class TextDataConfig:
             validation=validation,
             tokenizer_path=str(manifest.tokenizer_path),
         )
+
+    def baselines(self) -> dict[str, float]:
+        """What simple models make of the held-out text, in bits per byte; empty without a validation split."""
+        from data_pipeline.baselines import bigram_bits_per_byte, xz_bits_per_byte
+
+        if "validation" not in self.manifest().splits:
+            return {}
+        return {
+            "bigram_bits_per_byte": bigram_bits_per_byte(self.path),
+            "xz_bits_per_byte": xz_bits_per_byte(self.path),
+        }

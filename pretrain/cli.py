@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(VERBS[name].module)
     parser = argparse.ArgumentParser(prog=f"pretrain {name}", description=VERBS[name].help)
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(rest)))
+    try:
+        return int(module.run(parser.parse_args(rest)))
+    except KeyboardInterrupt:
+        print("pretrain: interrupted", file=sys.stderr)
+        return 130
 
 
 def _overview() -> str:

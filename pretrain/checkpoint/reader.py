@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, tensor_key
-from pretrain.checkpoint.names import canonical_buffers, canonical_parameters
 from pretrain.checkpoint.writer import DTYPE_NAMES
+from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

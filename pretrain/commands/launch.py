@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launchers.lease import Lease
+    from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
 
 
@@ -18,6 +19,7 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
     """
     from launchers.exit_codes import ExitCode
     from launchers.local import launch
+    from launchers.outcome import record_end
     from launchers.progress import open_display
 
     run = lease.run
@@ -36,6 +38,9 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
         display=open_display(run, lease.attempt),
         lost=lease.lost,
     )
+    # Ranks that were killed could not say so themselves: neither in the run's record nor to the tracker.
+    if not lease.lost.is_set() and record_end(run, lease.attempt, code) and config.tracking.enabled:
+        _sync(run)
     if code == ExitCode.FINISHED:
         from pretrain.commands.report import print_report
 
@@ -43,6 +48,15 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
     elif code == ExitCode.RESUMABLE:
         print(f"Stopped after saving. Continue with: pretrain resume {_shown(run.path)}")
     return code
+
+
+def _sync(run: RunDir) -> None:
+    from pretrain.tracking.sync import sync
+
+    try:
+        sync(run.path)
+    except Exception as error:  # Tracking must not hide how the run ended.
+        print(f"pretrain: MLflow could not be told ({error}); later: pretrain sync {_shown(run.path)}", file=sys.stderr)
 
 
 def _shown(path: os.PathLike[str]) -> str:

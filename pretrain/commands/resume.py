@@ -44,14 +44,14 @@ def _resume(arguments: argparse.Namespace) -> int:
     from pretrain.commands.launch import launch_attempt
     from pretrain.config.check import check
     from pretrain.config.components import add_import_paths
-    from pretrain.config.freeze import extend
+    from pretrain.config.freeze import Difference, extend
 
     run_dir = RunDir.open(arguments.run_dir)
     # Held before anything is read: a second resume, or a revision added under a running attempt, is refused here.
     with Lease.acquire(run_dir) as lease:
         tree = run_dir.config()
         add_import_paths(tree.get("run", {}).get("import_paths") or [])
-        changes = []
+        changes: list[Difference] = []
         if arguments.overrides:
             tree, changes = extend(tree, arguments.overrides)
         config = check(tree)

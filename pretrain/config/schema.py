@@ -1,8 +1,8 @@
 """Typed configuration schema: what a run may say, with units. Torch-free.
 
 The tree has one node per Hydra group. ``model``, ``data`` and ``objective`` are *components*: their node names a
-class with ``_target_`` and the rest are its fields, so a class from outside this repository is configured the same way as ours
-(see :mod:`pretrain.config.components`).
+class with ``_target_`` and the rest are its fields, so a class from outside this repository is configured the same
+way as ours (see :mod:`pretrain.config.components`).
 
 A field is *extendable* when its metadata says so: only such fields may change when a run is continued. They are the
 length of the run, intervals, logging, and the layout (processes, micro-batch, ZeRO stage), on which results do not

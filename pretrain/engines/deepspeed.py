@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.fragment import Fragment
-from pretrain.checkpoint.names import canonical_parameters
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.schema import Config
 from pretrain.engines.base import Batch, LossFunction, StepResult
@@ -18,6 +17,7 @@ from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
 from pretrain.optim.build import build_optimizer
+from pretrain.parallel.canonical import canonical_parameters
 
 
 class DeepSpeedEngine:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
-from pretrain.checkpoint.names import CanonicalParameter, canonical_buffers, canonical_parameters
 from pretrain.checkpoint.reader import CheckpointReader, load_weights, weight_slot
+from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
 
 STEP = "step"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.ops.keyed_random import keyed_generator
-from pretrain.parallel.layers import canonical_slices
+from pretrain.parallel.canonical import canonical_parameters
 
 Initialiser = Callable[[Tensor, torch.Generator], None]
 """Fills an fp32 CPU tensor in place."""
@@ -77,12 +77,14 @@ def initialise(module: nn.Module, initialisers: Mapping[str, Initialiser], seed:
     Raises:
         ValueError: if a parameter has no initialiser.
     """
-    for piece in canonical_slices(module):
-        if piece.parameter_name not in initialisers:
+    for parameter in canonical_parameters(module):
+        name = parameter.module_name
+        if name not in initialisers:
             raise ValueError(
-                f"{piece.parameter_name}: no initialiser, found ones for {sorted(initialisers)}; "
+                f"{name}: no initialiser, found ones for {sorted(initialisers)}; "
                 "add the parameter to the initialisers of the layer that owns it"
             )
-        values = torch.empty(piece.tensor.shape, dtype=torch.float32)
-        initialisers[piece.parameter_name](values, keyed_generator(seed, "initialisation", piece.name))
-        piece.tensor.copy_(values)
+        for part in parameter.parts:
+            values = torch.empty(part.shape, dtype=torch.float32)
+            initialisers[name](values, keyed_generator(seed, "initialisation", part.name))
+            parameter.view(part).copy_(values)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-# 128k numbers = 512 KiB in float32: a handful of such buffers fits a core's share of the cache.
-BLOCK_NUMBERS = 1 << 17
+# 1 MiB in float32: a handful of such buffers fits a server core's share of the last-level cache. Measured flat from
+# half to twice this size; smaller blocks cost more in calls than they save in memory traffic.
+BLOCK_NUMBERS = 1 << 18
 
 
 def row_blocks(first: int, last: int, numbers_per_row: int, device: torch.device) -> Iterator[tuple[int, int]]:

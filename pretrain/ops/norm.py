@@ -86,13 +86,14 @@ class _RMSNorm(torch.autograd.Function):
         for start, stop in row_blocks(0, rows, width, x_RD.device):
             rstd = rstd_RG[start:stop]
             gated, gate = _gate(x_RD, z_RD, start, stop, work)
-            dout = dout_RD[start:stop].to(work)
+            dout = dout_RD[start:stop].to(work).contiguous()
             normed = gated.view(-1, num_groups, size) * rstd
             product = dout * normed.view_as(gated)
             dweight += product.sum(0)
             mean = product.mul_(weight).view_as(normed).mean(-1, keepdim=True)
             # d(gated) = rstd (weight dout - normed mean(weight dout normed))
-            dgated = normed.mul_(mean).sub_((dout * weight).view_as(normed)).mul_(-rstd).view_as(gated)
+            dgated = normed.mul_(mean.neg_()).addcmul_(dout.view_as(normed), weight.view(num_groups, size))
+            dgated = dgated.mul_(rstd).view_as(gated)
             if z_RD is None or dz_RD is None or gate is None:
                 dx_RD[start:stop] = dgated
             else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pretrain.checkpoint.names import canonical_parameters
 from pretrain.config.schema import OptimizerConfig
+from pretrain.parallel.canonical import canonical_parameters
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: decayed, and exempt (``param.no_weight_decay``, or fewer than two dimensions)."""
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for parameter in canonical_parameters(model):
         tensor = parameter.tensor
         if not tensor.requires_grad:
@@ -32,6 +33,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
     )

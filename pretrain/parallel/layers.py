@@ -5,18 +5,15 @@ one (input features split, outputs summed) or a fused column-parallel one (sever
 in one matrix). :class:`TorchLayers` answers with plain ``torch.nn`` modules, that is, one device or data
 parallelism only.
 
-*Canonical* names address logical tensors: a module that packs several of them along dim 0 of one parameter
-declares ``canonical_components = {local parameter name: {component: rows}}``, and component ``z`` of
-``layers.3.mixer.in_proj.weight`` is called ``layers.3.mixer.in_proj.z.weight``.
+A packed parameter declares its components, see :mod:`pretrain.parallel.canonical`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class ParallelLayers(Protocol):
@@ -76,69 +73,3 @@ def _exempt_bias(layer: nn.Linear) -> nn.Linear:
     if layer.bias is not None:
         exempt_from_weight_decay(layer.bias)
     return layer
-
-
-@dataclass(frozen=True)
-class CanonicalSlice:
-    """One logical tensor: rows ``[start, start + rows)`` of dim 0 of a stored parameter.
-
-    ``component`` is None when the parameter holds nothing else; then the slice is the whole parameter, also a
-    scalar one.
-    """
-
-    name: str
-    parameter_name: str
-    parameter: nn.Parameter
-    component: str | None
-    start: int
-    rows: int
-
-    @property
-    def tensor(self) -> Tensor:
-        """View of the logical tensor inside the stored parameter."""
-        if self.component is None:
-            return self.parameter
-        return self.parameter.narrow(0, self.start, self.rows)
-
-
-def canonical_slices(module: nn.Module) -> Iterator[CanonicalSlice]:
-    """Yield every logical tensor of ``module`` once, in registration order; a tied one at its first name.
-
-    Raises:
-        ValueError: if a module's ``canonical_components`` do not cover its parameter exactly, or name one it
-            lacks.
-    """
-    seen: set[int] = set()
-    for module_name, owner in module.named_modules():
-        packed: dict[str, dict[str, int]] = getattr(owner, "canonical_components", {})
-        own = dict(owner.named_parameters(recurse=False))
-        for local in packed.keys() - own.keys():
-            raise ValueError(
-                f"{module_name or type(owner).__name__}: canonical_components names '{local}', expected one "
-                f"of {sorted(own)}; declare only parameters that the module registers itself"
-            )
-        prefix = f"{module_name}." if module_name else ""
-        for local, parameter in own.items():
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield from _slices_of(prefix, local, parameter, packed.get(local))
-
-
-def _slices_of(
-    prefix: str, local: str, parameter: nn.Parameter, components: Mapping[str, int] | None
-) -> Iterator[CanonicalSlice]:
-    name = f"{prefix}{local}"
-    if components is None:
-        rows = parameter.shape[0] if parameter.dim() else 1
-        yield CanonicalSlice(name, name, parameter, None, 0, rows)
-        return
-    if sum(components.values()) != parameter.shape[0]:
-        raise ValueError(
-            f"{name}: canonical_components {dict(components)} sum to {sum(components.values())} rows, "
-            f"expected {parameter.shape[0]}; list every packed component with its number of rows"
-        )
-    start = 0
-    for component, rows in components.items():
-        yield CanonicalSlice(f"{prefix}{component}.{local}", name, parameter, component, start, rows)
-        start += rows

@@ -144,6 +144,8 @@ class _Rank:
 
         config = self.config
         sources = build_component(config.data, seed=config.run.seed)
+        # Early: its thread opens the store while this one imports the engine, and not during the first steps.
+        self._start_tracker(sources)
         objective = build_component(config.objective)
         model = build_component(config.model, layers=TorchLayers())
         reset = getattr(model, "reset_parameters", None)
@@ -183,7 +185,6 @@ class _Rank:
             tokens_per_step=config.train.global_batch_size * getattr(config.data, "sequence_length", 1),
             resumed=self.state.step > 0,
         )
-        self._start_tracker(sources, num_parameters)
         trainer = Trainer(
             config=config,
             engine=engine,
@@ -196,7 +197,7 @@ class _Rank:
         interrupted = trainer.run()
         if self.env.rank == 0 and not interrupted:
             self._phase("writing the report")
-            write_report(self.run, self.config, sources)
+            write_report(self.run, self.config)
         for source in (sources.train, sources.validation):
             if source is not None:
                 source.close()
@@ -233,7 +234,7 @@ class _Rank:
         )
         return result
 
-    def _start_tracker(self, sources: Any, num_parameters: int) -> None:
+    def _start_tracker(self, sources: Any) -> None:
         if self.env.rank == 0 and self.config.tracking.enabled:
             from pretrain.tracking.mlflow_tracker import MlflowTracker
 
@@ -244,7 +245,6 @@ class _Rank:
                 run_name=self.run.path.name,
                 tags={
                     "data_fingerprint": sources.train.fingerprint,
-                    "parameters": str(num_parameters),
                     "world_size": str(self.env.world_size),
                 },
                 artifacts=[path for path in [sources.tokenizer_path] if path],

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pretrain.config.schema import Config
 
 
-def write_report(run: RunDir, config: Config, sources: Any) -> dict[str, Any]:
+def write_report(run: RunDir, config: Config) -> dict[str, Any]:
     """Collect the figures of a finished run and write ``artifacts/summary.json`` and ``artifacts/loss_curve.png``."""
     from pretrain.tracking.metrics_log import effective_records, read_records
     from pretrain.tracking.plots import plot_loss_curve
@@ -19,7 +19,7 @@ def write_report(run: RunDir, config: Config, sources: Any) -> dict[str, Any]:
 
     records = effective_records(read_records(run.metrics_path))
     summary = summarise(records)
-    baselines = getattr(sources, "baselines", None)
+    baselines = getattr(config.data, "baselines", None)
     if callable(baselines) and "validation_bits_per_byte" in summary:
         summary["baselines"] = baselines()
     summary["samples"] = [

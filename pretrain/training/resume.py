@@ -37,7 +37,7 @@ def resume(
     if found != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on data with fingerprint {found}, the data set now has {data_fingerprint}: "
-            "the order of samples would not continue. Restore the data set of the run, or start a new run on the new data."
+            "the order of samples would not continue. Restore the run's data set, or start a new run on the new data."
         )
     engine.import_state(reader)
     state = TrainState.from_dict(reader.training)

@@ -35,9 +35,7 @@ def save(root: Path, step: int, parts: list[Fragment] | None = None, **changes: 
         "gather": lambda value: [value],
         "fence": lambda: None,
     }
-    return save_checkpoint(
-        CheckpointStore(root), parts or fragments(step), {"step": step}, **(arguments | changes)
-    )
+    return save_checkpoint(CheckpointStore(root), parts or fragments(step), {"step": step}, **(arguments | changes))
 
 
 def test_round_trip_reads_any_range(tmp_path: Path) -> None:

@@ -52,9 +52,7 @@ def test_a_valid_tree_is_typed(make_tree: MakeTree) -> None:
         ("train.steps", "???", "required", "train.steps="),
     ],
 )
-def test_wrong_types_are_not_converted(
-    make_tree: MakeTree, path: str, value: object, rule: str, fix: str
-) -> None:
+def test_wrong_types_are_not_converted(make_tree: MakeTree, path: str, value: object, rule: str, fix: str) -> None:
     violation = faults(make_tree(**{path.replace(".", "__"): value}))[path]
     assert violation.found == value
     assert rule in violation.rule
@@ -185,9 +183,7 @@ def test_numbers_outside_their_range_are_refused(path: str, value: float) -> Non
 
 
 def test_numbers_out_of_range_are_reported_and_do_not_reach_rules(make_tree: MakeTree) -> None:
-    found = faults(
-        make_tree(train__micro_batch_size=0, optimizer__betas=[0.9, 1.0], train__keep_checkpoints=0)
-    )
+    found = faults(make_tree(train__micro_batch_size=0, optimizer__betas=[0.9, 1.0], train__keep_checkpoints=0))
     assert set(found) == {"train.micro_batch_size", "optimizer.betas[1]", "train.keep_checkpoints"}
     assert found["train.micro_batch_size"].rule == "must be at least 1"
     assert found["optimizer.betas[1]"].rule == "must be at least 0 and less than 1"

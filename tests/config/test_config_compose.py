@@ -31,9 +31,7 @@ def config_dir(tmp_path: Path, package_folder: str) -> str:
     for group in ("model", "data", "experiment", "launcher"):
         (folder / group).mkdir(parents=True)
     (folder / "model/mine.yaml").write_text(f"_target_: {PARTS}.Model\nwidth: 8\nvocab_size: 4096\n")
-    (folder / "data/mine.yaml").write_text(
-        f"_target_: {PARTS}.Data\npath: set\nvocab_size: ${{model.vocab_size}}\n"
-    )
+    (folder / "data/mine.yaml").write_text(f"_target_: {PARTS}.Data\npath: set\nvocab_size: ${{model.vocab_size}}\n")
     (folder / "launcher/local.yaml").write_text("num_processes: 4\n")
     (folder / "experiment/mine.yaml").write_text(
         "# @package _global_\n"
@@ -94,9 +92,7 @@ def test_the_order_of_groups_and_values_on_the_command_line_does_not_matter(conf
 
 
 def test_values_are_merged_added_and_removed() -> None:
-    tree = compose(
-        ["train={steps: 3}", "+train.extra=1", "++new.deep.key=[1,a]", "~tracking.uri", "run.name='a b'"]
-    )
+    tree = compose(["train={steps: 3}", "+train.extra=1", "++new.deep.key=[1,a]", "~tracking.uri", "run.name='a b'"])
     assert tree["train"]["steps"] == 3
     assert tree["train"]["micro_batch_size"] == 2
     assert tree["train"]["extra"] == 1
@@ -195,23 +191,17 @@ def run_cli(*argv: str) -> int:
     return cli.run(parser.parse_args(argv))
 
 
-def test_config_show_prints_a_tree_that_can_be_frozen(
-    config_dir: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_show_prints_a_tree_that_can_be_frozen(config_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("show", "experiment=mine", "--config-dir", config_dir) == 0
     tree = load(capsys.readouterr().out)
     assert tree["run"]["root"] == os.path.join(os.getcwd(), "runs")
     assert check(tree).model.width == 16
 
 
-def test_config_check_exits_with_2_and_lists_all_faults(
-    config_dir: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_check_exits_with_2_and_lists_all_faults(config_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("check", "experiment=mine", "--config-dir", config_dir) == 0
     assert f"{PARTS}.Model" in capsys.readouterr().out
-    assert (
-        run_cli("check", "experiment=mine", "train.stepz=1", "model.width=x", "--config-dir", config_dir) == 2
-    )
+    assert run_cli("check", "experiment=mine", "train.stepz=1", "model.width=x", "--config-dir", config_dir) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "2 faults" in printed.err

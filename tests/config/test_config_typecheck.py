@@ -70,9 +70,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 
 
 @given(scalars, st.sampled_from([int, float, str, bool, type(None)]))
-def test_scalars_fit_their_own_type_only_but_for_whole_numbers_as_floats(
-    value: Any, annotation: type
-) -> None:
+def test_scalars_fit_their_own_type_only_but_for_whole_numbers_as_floats(value: Any, annotation: type) -> None:
     fits = type(value) is annotation or (annotation is float and type(value) is int)
     report = Report()
     result = check_value(value, annotation, "f", report)

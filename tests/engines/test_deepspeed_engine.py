@@ -108,9 +108,7 @@ def save(engine: Any, root: Path, step: int, rank: int) -> Path:
 
 
 def state_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
-    return {
-        f"{slot}:{name}": reader.tensor(name, slot) for slot in reader.slots() for name in reader.names(slot)
-    }
+    return {f"{slot}:{name}": reader.tensor(name, slot) for slot in reader.slots() for name in reader.names(slot)}
 
 
 def train_and_save(rank: int, size: int, root: Path, stage: int, precision: str, clip: float | None) -> Any:
@@ -159,9 +157,7 @@ def torch_reference(clip: float | None) -> tuple[list[float], list[float], dict[
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(("stage", "clip"), [(0, 0.5), (1, 0.5), (2, 0.5), (0, None), (1, None)])
-def test_trains_like_plain_torch(
-    worker_pools: Any, tmp_path: Path, size: int, stage: int, clip: float | None
-) -> None:
+def test_trains_like_plain_torch(worker_pools: Any, tmp_path: Path, size: int, stage: int, clip: float | None) -> None:
     results = worker_pools(size).run(train_and_save, tmp_path, stage, "fp32", clip)
     losses, norms, weights = torch_reference(clip)
     summed = [sum(rank[step][0] for rank in results) for step in range(4)]
@@ -169,9 +165,7 @@ def test_trains_like_plain_torch(
     for rank in results:
         assert [norm for _, norm in rank] == pytest.approx(norms, rel=1e-4)
     stored = state_of(CheckpointReader(tmp_path / "step_00000004"))
-    torch.testing.assert_close(
-        stored["master:embedding.weight"], weights["embedding.weight"], rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(stored["master:embedding.weight"], weights["embedding.weight"], rtol=1e-4, atol=1e-6)
     packed = torch.cat([stored["master:packed.a.weight"], stored["master:packed.b.weight"]])
     torch.testing.assert_close(packed, weights["packed.weight"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(stored["weight:frozen"], weights["frozen"], rtol=0, atol=0)
@@ -179,12 +173,8 @@ def test_trains_like_plain_torch(
     assert {"exp_avg:packed.b.bias", "exp_avg_sq:scale"} <= stored.keys()
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
-)
-def test_same_layout_resumes_bit_for_bit(
-    worker_pools: Any, tmp_path: Path, stage: int, precision: str
-) -> None:
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_same_layout_resumes_bit_for_bit(worker_pools: Any, tmp_path: Path, stage: int, precision: str) -> None:
     pool = worker_pools(2)
     whole = pool.run(train_and_save, tmp_path / "whole", stage, precision, 0.5)
     parts = pool.run(train_in_two_parts, tmp_path / "parts", stage, stage, precision)
@@ -202,9 +192,7 @@ def load_and_save(rank: int, size: int, path: Path, root: Path, stage: int) -> N
 
 
 @pytest.mark.parametrize(("size", "stage"), [(1, 0), (1, 2), (2, 0), (2, 2)])
-def test_state_survives_a_change_of_layout_unaltered(
-    worker_pools: Any, tmp_path: Path, size: int, stage: int
-) -> None:
+def test_state_survives_a_change_of_layout_unaltered(worker_pools: Any, tmp_path: Path, size: int, stage: int) -> None:
     worker_pools(2).run(train_and_save, tmp_path / "from", 1, "fp32", 0.5)
     source = tmp_path / "from/step_00000004"
     worker_pools(size).run(load_and_save, source, tmp_path / "to", stage)

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from support.logical import logical_tensors
 
 from pretrain.models.generation import generate
 from pretrain.models.hybrid.config import HybridConfig
-from pretrain.parallel.layers import TorchLayers, canonical_slices
+from pretrain.parallel.layers import TorchLayers
 
 CONFIG = HybridConfig(
     pattern="M-M*-",
@@ -55,9 +56,9 @@ def copy_to_nemotron(model, theirs):
                 for name in ("A_log", "D", "dt_bias"):
                     getattr(target, name).copy_(getattr(mixer, name))
             elif symbol == "*":
-                pieces = {piece.component: piece.tensor for piece in canonical_slices(mixer.qkv)}
+                pieces = logical_tensors(mixer.qkv)
                 for component in "qkv":
-                    getattr(target, f"{component}_proj").weight.copy_(pieces[component])
+                    getattr(target, f"{component}_proj").weight.copy_(pieces[f"{component}.weight"])
                 target.o_proj.weight.copy_(mixer.out_proj.weight)
             else:
                 target.up_proj.weight.copy_(mixer.in_proj.weight)
@@ -213,10 +214,10 @@ def test_initial_values_depend_on_seed_and_name_only():
     torch.manual_seed(5)
     wider = dataclasses.replace(CONFIG, pattern="M-M*-M").build(TorchLayers())
     wider.reset_parameters(0)
-    shared = {p.name: p.tensor for p in canonical_slices(wider)}
-    for piece in canonical_slices(model):
-        ratio = (5 / 6) ** 0.5 if piece.name.endswith("out_proj.weight") else 1.0
-        torch.testing.assert_close(shared[piece.name], piece.tensor * ratio)
+    shared = logical_tensors(wider)
+    for name, tensor in logical_tensors(model).items():
+        ratio = (5 / 6) ** 0.5 if name.endswith("out_proj.weight") else 1.0
+        torch.testing.assert_close(shared[name], tensor * ratio)
     other = dict(make_model(torch.float32, seed=1).named_parameters())
     assert not torch.equal(other["embedding.weight"], model.embedding.weight)
     assert not torch.equal(model.layers[0].mixer.in_proj.weight, model.layers[2].mixer.in_proj.weight)
@@ -254,13 +255,9 @@ def test_initial_distributions():
 
 def test_canonical_names_and_full_coverage():
     model = make_model(tied_embeddings=False)
-    pieces = list(canonical_slices(model))
-    covered = {name: 0 for name, _ in model.named_parameters()}
-    for piece in pieces:
-        covered[piece.parameter_name] += piece.tensor.numel()
-    assert covered == {name: p.numel() for name, p in model.named_parameters()}
-    names = [piece.name for piece in pieces]
-    assert len(set(names)) == len(names)
+    tensors = logical_tensors(model)
+    assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in model.parameters())
+    names = list(tensors)
     mamba = {name.removeprefix("layers.0.") for name in names if name.startswith("layers.0.")}
     assert mamba == {
         "norm.weight",

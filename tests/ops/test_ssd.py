@@ -192,16 +192,22 @@ def test_extreme_steps_stay_finite_and_exact(largest_dt):
         assert error < 1e-5, (name, error.item())
 
 
-def test_strided_slices_and_expanded_gradients():
-    """Inputs may be slices of one packed tensor, and the incoming gradient may be an expanded scalar."""
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("chunk_size", [8, 64])
+def test_strided_inputs_and_expanded_gradients(batch_first, chunk_size):
+    """Inputs may be slices of one packed tensor, batch-first in memory; the incoming gradient may be expanded."""
     L, B, H, P, N = 20, 2, 4, 4, 4
-    packed = torch.randn(L, B, H * P + 2 * N, dtype=torch.float64, requires_grad=True)
-    dt, A = make_inputs(L, B, H, P, 1, N)[1:3]
+    dt, A, _, _, D = make_inputs(L, B, H, P, 1, N)[1:6]
+    order = (B, L) if batch_first else (L, B)
+    packed = torch.randn(*order, H * P + 2 * N, dtype=torch.float64, requires_grad=True)
     results = []
-    for function, source in ((ssd_chunked, packed), (ssd_recurrent_reference, packed)):
+    for function, kwargs in ((ssd_chunked, {"chunk_size": chunk_size}), (ssd_recurrent_reference, {})):
+        source = packed.transpose(0, 1) if batch_first else packed
         x, keys, queries = source.split([H * P, N, N], dim=-1)
-        y, _ = function(x.unflatten(-1, (H, P)), dt, A, keys.unflatten(-1, (1, N)), queries.unflatten(-1, (1, N)))
-        results.append(torch.autograd.grad(y.sum(), [packed, dt, A]))
+        y, _ = function(x.unflatten(-1, (H, P)), dt, A, keys[:, :, None], queries[:, :, None], D, **kwargs)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype)
+        weights = weights.view(B, L, H, P).transpose(0, 1) if batch_first else torch.ones((), dtype=y.dtype)
+        results.append(torch.autograd.grad(y, [packed, dt, A, D], weights.expand_as(y)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 

@@ -30,8 +30,12 @@ class CanonicalParameter:
     """A parameter of the module tree with its logical parts, which cover it without gap or overlap."""
 
     module_name: str
-    tensor: Tensor
+    tensor: nn.Parameter
     parts: tuple[Part, ...]
+
+    def view(self, part: Part) -> Tensor:
+        """The logical tensor ``part`` inside the stored parameter."""
+        return self.tensor.data.view(-1)[part.start : part.stop].view(part.shape)
 
 
 def _parts(module: nn.Module, prefix: str, local_name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -39,8 +43,11 @@ def _parts(module: nn.Module, prefix: str, local_name: str, shape: tuple[int, ..
     dotted = f"{prefix}." if prefix else ""
     if not components:
         return (Part(dotted + local_name, shape, 0, prod(shape)),)
-    rows = sum(components.values())
-    assert rows == shape[0], f"{dotted}{local_name}: components hold {rows} rows, the parameter {shape[0]}"
+    if (rows := sum(components.values())) != shape[0]:
+        raise ValueError(
+            f"{dotted}{local_name}: canonical_components {dict(components)} sum to {rows} rows, expected {shape[0]}; "
+            "list every packed component with its number of rows"
+        )
     row_numel = prod(shape[1:])
     parts, start = [], 0
     for component, num_rows in components.items():
@@ -51,16 +58,25 @@ def _parts(module: nn.Module, prefix: str, local_name: str, shape: tuple[int, ..
 
 
 def canonical_parameters(model: nn.Module) -> Iterator[CanonicalParameter]:
-    """Parameters of ``model`` in registration order, each once (tied parameters under their first name)."""
+    """Parameters of ``model`` in registration order, each once (tied parameters under their first name).
+
+    Raises:
+        ValueError: a module's ``canonical_components`` do not cover its parameter exactly, or name one it lacks.
+    """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        for local_name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        for unknown in getattr(module, "canonical_components", {}).keys() - own.keys():
+            raise ValueError(
+                f"{prefix or type(module).__name__}: canonical_components names '{unknown}', expected one of "
+                f"{sorted(own)}; declare only parameters that the module registers itself"
+            )
+        for local_name, parameter in own.items():
+            if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             name = f"{prefix}.{local_name}" if prefix else local_name
-            yield CanonicalParameter(name, parameter, _parts(module, prefix, local_name, shape))
+            yield CanonicalParameter(name, parameter, _parts(module, prefix, local_name, tuple(parameter.shape)))
 
 
 def canonical_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
