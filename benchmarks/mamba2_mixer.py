@@ -17,19 +17,12 @@ The table also splits our time by part. A JSON record goes to benchmarks/results
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import shlex
-import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
+from results_file import quartiles, write_result
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Config
@@ -41,8 +34,6 @@ from pretrain.ops.conv import causal_conv
 from pretrain.ops.norm import gated_rms_norm
 from pretrain.ops.ssd import ssd_chunked
 from pretrain.parallel.layers import TorchLayers
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Shape(NamedTuple):
@@ -181,12 +172,6 @@ def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, list[tup
     return seconds
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return {"lower": round(lower, 5), "median": round(median, 5), "upper": round(upper, 5)}
-
-
 def summarise(seconds: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, dict[str, float]]]:
     return {
         name: {
@@ -202,15 +187,6 @@ def ratio(seconds: dict[str, list[tuple[float, float]]], numerator: str, denomin
     """Quartiles of the ratio of totals within a round."""
     pairs = zip(seconds[numerator], seconds[denominator], strict=True)
     return quartiles([sum(above) / sum(below) for above, below in pairs])
-
-
-def hardware() -> dict[str, Any]:
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = f"{names[0]}, {len(names)} cores" if names else model
-    return {"cpu": model, "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.platform()}
 
 
 def main() -> None:
@@ -229,33 +205,23 @@ def main() -> None:
         "ours / floor": ratio(seconds, "ours", "floor"),
         "ours / projections": ratio(seconds, "ours", "projections"),
     }
-    record = {
-        "benchmark": "mamba2_mixer",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/mamba2_mixer.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+    print(f"Mamba-2 mixer, {shape}, fp32, {arguments.threads} thread(s), {arguments.rounds} rounds; medians in ms")
+    print(f"{'':14}{'forward':>10}{'backward':>10}{'total':>10}   quartiles of total")
+    for name, row in {**summarise(seconds), **summarise(part_seconds)}.items():
+        medians = [row[key]["median"] * 1e3 for key in ("forward_s", "backward_s", "total_s")]
+        spread = [row["total_s"][key] * 1e3 for key in ("low", "high")]
+        print(f"{name:14}" + "".join(f"{m:10.1f}" for m in medians) + "   {:.1f} .. {:.1f}".format(*spread))
+    for name, value in ratios.items():
+        print(f"{name:22}{value['median']:6.2f}   ({value['low']:.2f} .. {value['high']:.2f})")
+    figures = {
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "shape": shape._asdict() | {"name": arguments.shape},
         "ratios": ratios,
         "contenders": summarise(seconds),
         "parts_of_ours": summarise(part_seconds),
-    }  # fmt: skip
-    print(f"Mamba-2 mixer, {shape}, fp32, {arguments.threads} thread(s), {arguments.rounds} rounds; medians in ms")
-    print(f"{'':14}{'forward':>10}{'backward':>10}{'total':>10}   quartiles of total")
-    for name, row in {**summarise(seconds), **summarise(part_seconds)}.items():
-        medians = [row[key]["median"] * 1e3 for key in ("forward_s", "backward_s", "total_s")]
-        spread = [row["total_s"][key] * 1e3 for key in ("lower", "upper")]
-        print(f"{name:14}" + "".join(f"{m:10.1f}" for m in medians) + "   {:.1f} .. {:.1f}".format(*spread))
-    for name, value in ratios.items():
-        print(f"{name:22}{value['median']:6.2f}   ({value['lower']:.2f} .. {value['upper']:.2f})")
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"mamba2_mixer_{arguments.shape}_{record['date'][:10]}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {target}")
+    }
+    write_result(f"mamba2_mixer_{arguments.shape}", figures)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from launchers.run_dir import RunDir, RunDirectoryError
-from pretrain.tracking.run_files import atomic_write_text, fsync_directory
+from pretrain.config.files import atomic_write_text, fsync_directory
 
 HEARTBEAT_INTERVAL_S = 5.0
 # Far above the heartbeat interval plus what clocks of two hosts and a stalled file system may differ by.

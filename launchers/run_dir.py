@@ -19,12 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers import provenance
-from pretrain.tracking.run_files import (
-    atomic_write_text,
-    exclusive_write_text,
-    fsync_directory,
-    latest_config_file,
-)
+from pretrain.config.files import atomic_write_text, exclusive_write_text, fsync_directory
+from pretrain.tracking.run_files import latest_config_file
 
 __all__ = ["RunDir", "RunDirectoryError", "atomic_write_text"]
 

@@ -42,8 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(VERBS[name].module)
     parser = argparse.ArgumentParser(prog=f"pretrain {name}", description=VERBS[name].help)
     module.add_arguments(parser)
+    arguments, left_over = parser.parse_known_args(rest)
+    # argparse takes one uninterrupted group of positional arguments; overrides may stand around options.
+    if left_over and not (hasattr(arguments, "overrides") and all(word[0] != "-" for word in left_over)):
+        parser.error(f"unrecognized arguments: {' '.join(left_over)}")
+    if left_over:
+        arguments.overrides = [*arguments.overrides, *left_over]
     try:
-        return int(module.run(parser.parse_args(rest)))
+        return int(module.run(arguments))
     except KeyboardInterrupt:
         print("pretrain: interrupted", file=sys.stderr)
         return 130

@@ -27,7 +27,11 @@ MANIFEST_NAME = "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, found or read."""
+    """A checkpoint does not exist, or does not fit what it is asked for."""
+
+
+class CheckpointSaveError(RuntimeError):
+    """A checkpoint could not be saved; earlier ones are untouched."""
 
 
 class CorruptCheckpointError(CheckpointError):
@@ -52,19 +56,19 @@ class TensorEntry:
     fragments: list[FragmentEntry] = field(default_factory=list)
 
     def check_coverage(self, key: str) -> None:
-        """Raise ``CheckpointError`` unless the fragments tile the tensor exactly once."""
+        """Raise ``CheckpointSaveError`` unless the fragments tile the tensor exactly once."""
         self.fragments.sort(key=lambda fragment: fragment.start)
         reached = 0
         for fragment in self.fragments:
             if fragment.start != reached:
                 what = "overlap" if fragment.start < reached else "leave a gap"
-                raise CheckpointError(
+                raise CheckpointSaveError(
                     f"{key}: fragments {what} at element {min(reached, fragment.start)} "
                     f"(shape {list(self.shape)}); nothing was saved under the final name"
                 )
             reached = fragment.stop
         if reached != prod(self.shape):
-            raise CheckpointError(f"{key}: fragments end at element {reached}, shape {list(self.shape)}")
+            raise CheckpointSaveError(f"{key}: fragments end at element {reached}, shape {list(self.shape)}")
 
 
 @dataclass

@@ -7,12 +7,12 @@ is never chosen and is swept by the next writer.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest, hash_file
+from pretrain.config.files import atomic_write_text, fsync_directory
 
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp_"
@@ -21,15 +21,6 @@ LATEST = "latest"
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names inside ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class CheckpointStore:
@@ -63,7 +54,7 @@ class CheckpointStore:
     def commit(self, temporary: Path, step: int) -> Path:
         """Give a complete temporary folder its final name and point ``latest`` at it."""
         final = self.path(step)
-        fsync_folder(temporary)
+        fsync_directory(temporary)
         if final.exists():
             # A rolled-back run reached this step again. The older twin steps aside first, so a crash in between
             # leaves one of the two under a name that the next start either uses or sweeps.
@@ -74,14 +65,8 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             temporary.rename(final)
-        fsync_folder(self.root)
-        pointer = self.root / f"{_TEMPORARY}{LATEST}"
-        with pointer.open("w") as stream:
-            stream.write(final.name + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        pointer.replace(self.root / LATEST)
-        fsync_folder(self.root)
+        fsync_directory(self.root)
+        atomic_write_text(self.root / LATEST, final.name + "\n")
         return final
 
     def prune(self, keep: int) -> list[int]:

@@ -15,13 +15,14 @@ import xxhash
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.manifest import (
     MANIFEST_NAME,
-    CheckpointError,
+    CheckpointSaveError,
     FragmentEntry,
     Manifest,
     TensorEntry,
     tensor_key,
 )
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config.files import atomic_write_text
 
 # https://huggingface.co/docs/safetensors: names of dtypes in the header.
 DTYPE_NAMES = {
@@ -96,7 +97,7 @@ def save_checkpoint(
     the run directory. Either every rank returns or every rank raises, and a failed save leaves no final name behind.
 
     Raises:
-        CheckpointError: with every rank's reason (disk full, lost lease, ...).
+        CheckpointSaveError: with every rank's reason (disk full, lost lease, ...).
     """
     temporary = store.temporary_path(step, attempt)
 
@@ -115,11 +116,7 @@ def save_checkpoint(
 
     def commit(reports: list[dict[str, Any]]) -> None:
         manifest = _merge(reports, step, training)
-        path = temporary / MANIFEST_NAME
-        with path.open("w") as stream:
-            stream.write(manifest.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
+        atomic_write_text(temporary / MANIFEST_NAME, manifest.to_json())
         fence()
         store.commit(temporary, step)
 
@@ -127,7 +124,7 @@ def save_checkpoint(
         _together(gather, prepare if rank == 0 else None)
         reports = _together(gather, write)
         _together(gather, (lambda: commit(reports)) if rank == 0 else None)
-    except CheckpointError:
+    except CheckpointSaveError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -144,7 +141,9 @@ def _together(gather: Callable[[Any], list[Any]], action: Callable[[], Any] | No
     outcomes = gather((result, failure))
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     if failures:
-        raise CheckpointError("The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures))
+        raise CheckpointSaveError(
+            "The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures)
+        )
     return [value for value, _ in outcomes]
 
 

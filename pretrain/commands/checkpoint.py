@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,16 +11,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from pretrain.training.failure import guarded
+
+    return guarded(lambda: _list(arguments))
+
+
+def _list(arguments: argparse.Namespace) -> int:
     from launchers.exit_codes import ExitCode
-    from launchers.run_dir import RunDir, RunDirectoryError
+    from launchers.run_dir import RunDir
     from pretrain.checkpoint.manifest import CorruptCheckpointError, Manifest
     from pretrain.checkpoint.store import CheckpointStore, verify
 
-    try:
-        store = CheckpointStore(RunDir.open(arguments.run_dir).checkpoints_path)
-    except RunDirectoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.RUN_DIRECTORY_REFUSED
+    store = CheckpointStore(RunDir.open(arguments.run_dir).checkpoints_path)
     damaged = False
     latest = store.latest()
     for step in store.steps():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,22 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launchers.exit_codes import ExitCode
-    from launchers.run_dir import RunDirectoryError
-    from pretrain.checkpoint.manifest import CorruptCheckpointError
+    from pretrain.training.failure import guarded
 
-    try:
-        print(arguments.prompt + _complete(arguments))
-    except RunDirectoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.RUN_DIRECTORY_REFUSED
-    except CorruptCheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CORRUPTED_CHECKPOINT
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.INVALID_INPUT
-    return ExitCode.FINISHED
+    return guarded(lambda: _generate(arguments))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    print(arguments.prompt + _complete(arguments))
+    return 0
 
 
 def _complete(arguments: argparse.Namespace) -> str:
@@ -41,14 +32,12 @@ def _complete(arguments: argparse.Namespace) -> str:
     from pretrain.checkpoint.reader import CheckpointReader, load_weights
     from pretrain.checkpoint.store import CheckpointStore, verify
     from pretrain.config.check import check
-    from pretrain.config.components import add_import_paths, build_component
+    from pretrain.config.components import build_component
     from pretrain.parallel.layers import TorchLayers
     from pretrain.training.sampling import TextSampler
 
     run_dir = RunDir.open(arguments.run_dir)
-    tree = run_dir.config()
-    add_import_paths(tree.get("run", {}).get("import_paths") or [])
-    config = check(tree)
+    config = check(run_dir.config())
     folder = CheckpointStore(run_dir.checkpoints_path).select(arguments.checkpoint)
     if folder is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint yet; train it with `pretrain resume`")

@@ -18,23 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launchers.exit_codes import ExitCode
-    from launchers.run_dir import RunDir, RunDirectoryError
-    from pretrain.config.check import check
-    from pretrain.config.components import add_import_paths
+    from pretrain.training.failure import guarded
 
-    try:
-        run_dir = RunDir.open(arguments.run_dir)
-    except RunDirectoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.RUN_DIRECTORY_REFUSED
+    return guarded(lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from launchers.run_dir import RunDir
+    from pretrain.config.check import check
+
+    run_dir = RunDir.open(arguments.run_dir)
     if not (run_dir.artifacts_path / "summary.json").is_file():
-        print(f"error: {run_dir.path} has not finished; continue it with `pretrain resume`", file=sys.stderr)
-        return ExitCode.INVALID_INPUT
-    tree = run_dir.config()
-    add_import_paths(tree.get("run", {}).get("import_paths") or [])
-    print_report(run_dir, check(tree))
-    return ExitCode.FINISHED
+        raise ValueError(f"{run_dir.path} has not finished; continue it with `pretrain resume {arguments.run_dir}`")
+    print_report(run_dir, check(run_dir.config()))
+    return 0
 
 
 def print_report(run: RunDir, config: Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,25 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launchers.exit_codes import ExitCode
-    from launchers.run_dir import RunDirectoryError
-    from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError
-    from pretrain.config.violation import InvalidConfigError
+    from pretrain.training.failure import guarded
 
-    try:
-        return _resume(arguments)
-    except InvalidConfigError as error:
-        print(error, file=sys.stderr)
-        return ExitCode.INVALID_INPUT
-    except RunDirectoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.RUN_DIRECTORY_REFUSED
-    except CorruptCheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CORRUPTED_CHECKPOINT
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.INVALID_INPUT
+    return guarded(lambda: _resume(arguments))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -43,14 +26,12 @@ def _resume(arguments: argparse.Namespace) -> int:
     from pretrain.checkpoint.store import CheckpointStore, verify
     from pretrain.commands.launch import launch_attempt
     from pretrain.config.check import check
-    from pretrain.config.components import add_import_paths
     from pretrain.config.freeze import Difference, extend
 
     run_dir = RunDir.open(arguments.run_dir)
     # Held before anything is read: a second resume, or a revision added under a running attempt, is refused here.
     with Lease.acquire(run_dir) as lease:
         tree = run_dir.config()
-        add_import_paths(tree.get("run", {}).get("import_paths") or [])
         changes: list[Difference] = []
         if arguments.overrides:
             tree, changes = extend(tree, arguments.overrides)

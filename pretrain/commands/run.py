@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,25 +12,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launchers.exit_codes import ExitCode
+    from pretrain.training.failure import guarded
+
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from launchers.lease import Lease
-    from launchers.run_dir import RunDir, RunDirectoryError
+    from launchers.run_dir import RunDir
     from pretrain.commands.launch import launch_attempt
     from pretrain.config.check import check
     from pretrain.config.compose import load_run_config
     from pretrain.config.freeze import frozen_for_new_run
-    from pretrain.config.violation import InvalidConfigError
 
-    try:
-        tree, _ = load_run_config(arguments.overrides, arguments.config_dir)
-        tree = frozen_for_new_run(tree)
-        config = check(tree)
-        run_dir = RunDir.create(tree, root=config.run.root, name=config.run.name, path=arguments.run_dir)
-        with Lease.acquire(run_dir) as lease:
-            return launch_attempt(lease, config)
-    except InvalidConfigError as error:
-        print(error, file=sys.stderr)
-        return ExitCode.INVALID_INPUT
-    except RunDirectoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.RUN_DIRECTORY_REFUSED
+    tree, _ = load_run_config(arguments.overrides, arguments.config_dir)
+    tree = frozen_for_new_run(tree)
+    config = check(tree)
+    run_dir = RunDir.create(tree, root=config.run.root, name=config.run.name, path=arguments.run_dir)
+    with Lease.acquire(run_dir) as lease:
+        return launch_attempt(lease, config)

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.files import atomic_write_text
 from pretrain.tracking.metrics_log import MetricsTail, Record
-from pretrain.tracking.run_files import atomic_write_text, flatten, latest_config_file, redact_url
+from pretrain.tracking.run_files import flatten, latest_config_file, redact_url
 from pretrain.tracking.store import embedded_folder, error_code, import_client
 
 if TYPE_CHECKING:

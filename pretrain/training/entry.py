@@ -39,38 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _start(arguments.run_dir, arguments.checkpoint, stop)
     except Exception as error:
-        return _report_failure(error)
+        from pretrain.training.failure import exit_code_of
 
-
-def _report_failure(error: Exception) -> ExitCode:
-    from launchers.lease import FencedError
-    from launchers.run_dir import RunDirectoryError
-    from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError
-
-    code = ExitCode.FAILED
-    if isinstance(error, CorruptCheckpointError):
-        code = ExitCode.CORRUPTED_CHECKPOINT
-    elif isinstance(error, RunDirectoryError | FencedError):
-        code = ExitCode.RUN_DIRECTORY_REFUSED
-    elif isinstance(error, ValueError) and not isinstance(error, CheckpointError):
-        code = ExitCode.INVALID_INPUT
-    elif isinstance(error, CheckpointError):
-        code = ExitCode.INVALID_INPUT if "holds another model" in str(error) else ExitCode.FAILED
-    traceback.print_exc()
-    logger.error("%s", error)
-    return code
+        traceback.print_exc()
+        logger.error("%s", error)
+        return exit_code_of(error)
 
 
 def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
     from launchers.run_dir import RunDir
     from pretrain.config.check import check
-    from pretrain.config.components import add_import_paths
     from pretrain.parallel.process import ProcessEnvironment
 
     env = ProcessEnvironment.read()
     run = RunDir.open(path)
     tree = run.config()
-    add_import_paths(tree.get("run", {}).get("import_paths") or [])
     config = check(tree)
     return _Rank(run, tree, config, env, stop).train(checkpoint)
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def write_report(run: RunDir, config: Config) -> dict[str, Any]:
     """Collect the figures of a finished run and write ``artifacts/summary.json`` and ``artifacts/loss_curve.png``."""
+    from pretrain.config.files import atomic_write_text
     from pretrain.tracking.metrics_log import effective_records, read_records
     from pretrain.tracking.plots import plot_loss_curve
-    from pretrain.tracking.run_files import atomic_write_text
 
     records = effective_records(read_records(run.metrics_path))
     summary = summarise(records)

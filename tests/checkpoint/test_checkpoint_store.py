@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint.damage import describe_damage
 from pretrain.checkpoint.fragment import Fragment
-from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
+from pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, CorruptCheckpointError, Manifest
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore, verify
 from pretrain.checkpoint.writer import save_checkpoint, write_rank_file
@@ -55,7 +55,7 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     "parts", [fragments(0)[:1], [*fragments(0), Fragment("a.weight", "master", (3, 4), 4, torch.ones(1))]]
 )
 def test_gaps_and_overlaps_are_refused(tmp_path: Path, parts: list[Fragment]) -> None:
-    with pytest.raises(CheckpointError, match=r"master:a\.weight"):
+    with pytest.raises(CheckpointSaveError, match=r"master:a\.weight"):
         save(tmp_path, 1, parts)
     assert CheckpointStore(tmp_path).latest() is None
     assert not list(tmp_path.iterdir())
@@ -98,7 +98,7 @@ def test_a_failing_rank_fails_all_and_keeps_what_was_saved(tmp_path: Path) -> No
     def second_rank_has_a_full_disk(value: Any) -> list[Any]:
         return [value, (None, "OSError: [Errno 28] No space left on device")]
 
-    with pytest.raises(CheckpointError, match=r"rank 1: OSError: \[Errno 28\]"):
+    with pytest.raises(CheckpointSaveError, match=r"rank 1: OSError: \[Errno 28\]"):
         save(tmp_path, 2, gather=second_rank_has_a_full_disk)
     assert CheckpointStore(tmp_path).steps() == [1]
     verify(CheckpointStore(tmp_path).path(1))
@@ -112,7 +112,7 @@ def test_a_fenced_writer_commits_nothing(tmp_path: Path) -> None:
         if len(calls) == 2:  # the lease is lost between writing and committing
             raise RuntimeError("lost to attempt 2")
 
-    with pytest.raises(CheckpointError, match="lost to attempt 2"):
+    with pytest.raises(CheckpointSaveError, match="lost to attempt 2"):
         save(tmp_path, 1, fence=fence)
     assert CheckpointStore(tmp_path).steps() == []
 

@@ -12,7 +12,7 @@ import yaml
 
 from launchers import provenance
 from launchers.run_dir import RunDir, RunDirectoryError
-from pretrain.tracking.run_files import atomic_write_text, exclusive_write_text
+from pretrain.config.files import atomic_write_text, exclusive_write_text
 
 TREE = {"run": {"name": "demo", "seed": 1}, "optimizer": {"betas": (0.9, 0.95), "eps": 1e-8}}
 

@@ -192,6 +192,21 @@ def test_extreme_steps_stay_finite_and_exact(largest_dt):
         assert error < 1e-5, (name, error.item())
 
 
+def test_tokens_that_wipe_the_state_put_no_noise_into_the_gradient_of_decay():
+    """Their own decays, exp(-5e5), have no gradient; noise times their large dt would bury that of the others."""
+    double = make_inputs(64, 1, 1, 8, 1, 4)
+    with torch.no_grad():
+        double[2].fill_(-1e6)
+        double[1].mul_(1e-6)
+        double[1][5::16] = 0.5
+    single = [t.detach().float().requires_grad_() for t in double]
+    double = [t.detach().double().requires_grad_() for t in single]
+    got = outputs_and_gradients(ssd_chunked, single, None)
+    want = outputs_and_gradients(ssd_recurrent_reference, double, None)
+    index = 2 + NAMES.index("A")
+    torch.testing.assert_close(got[index].double(), want[index], rtol=1e-4, atol=0.0)
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("chunk_size", [8, 64])
 def test_strided_inputs_and_expanded_gradients(batch_first, chunk_size):
