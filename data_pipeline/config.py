@@ -49,6 +49,11 @@ class TextDataConfig:
         return Manifest.load(self.path)
 
     @property
+    def fingerprint(self) -> str:
+        """Digest of the dataset's manifest; raises ValueError when ``path`` holds no sound dataset."""
+        return self.manifest().fingerprint
+
+    @property
     def vocab_size(self) -> int:
         """Vocabulary of the dataset's tokenizer; raises ValueError when ``path`` holds no sound dataset."""
         return self.manifest().vocab_size

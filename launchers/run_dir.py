@@ -196,6 +196,24 @@ class RunDir:
             raise RunDirectoryError(f"{target}: just added by another process; read it and try again") from error
         return number
 
+    # ---- data --------------------------------------------------------------------------------------------------
+
+    def check_data(self, fingerprint: str) -> None:
+        """Freezes the fingerprint of the run's training data at the first start and compares it at every later one.
+
+        Safe to call from all ranks at once. Raises RunDirectoryError when the data set has changed since.
+        """
+        path = self.path / "data.json"
+        with contextlib.suppress(FileExistsError):
+            exclusive_write_text(path, _to_json({"fingerprint": fingerprint}))
+        frozen = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        if frozen != fingerprint:
+            raise RunDirectoryError(
+                f"{self.path}: the run was created on data with fingerprint {frozen}, the data set now has "
+                f"{fingerprint}: the order of samples would not continue. Restore the run's data set, or start a new "
+                "run on the new data."
+            )
+
     # ---- records of an attempt -------------------------------------------------------------------
 
     def record_attempt(self, attempt: int, command: Sequence[str], *, source: Path | None = None) -> None:

@@ -131,12 +131,11 @@ def _packages() -> Iterator[Finding]:
         ("deepspeed", "the DeepSpeed engine", True),
         ("hydra-core", "composing configurations", True),
         ("tokenizers", "preparing text", True),
-        ("webdataset", "reading shards", True),
         ("safetensors", "checkpoints", True),
-        ("megatron-core", "the Megatron-Core engine: tensor and pipeline parallel", False),
+        ("megatron-core", "the Megatron-Core engine (planned; this release trains on DeepSpeed)", False),
         ("mlflow", "tracking (metrics.jsonl is written without it)", False),
         ("matplotlib", "the loss-curve picture", True),
-        ("transformers", "exchange with Hugging Face", False),
+        ("transformers", "the tests: an independent Mamba-2 to compare with", False),
     ):
         version = _version(name)
         yield Finding(
@@ -146,11 +145,11 @@ def _packages() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     for distribution, module, needed_for in (
-        ("mamba-ssm", "mamba_ssm", "fast Mamba layers on GPU"),
-        ("causal-conv1d", "causal_conv1d", "fast Mamba convolutions on GPU"),
-        ("flash-attn", "flash_attn", "fast attention on GPU, beyond torch's own"),
-        ("flash-linear-attention", "fla", "fast linear-attention layers on GPU"),
-        ("triton", "triton", "compiled GPU kernels"),
+        ("mamba-ssm", "mamba_ssm", "fast Mamba on GPU (planned; this release uses its torch kernels)"),
+        ("causal-conv1d", "causal_conv1d", "the same"),
+        ("flash-attn", "flash_attn", "fast packed attention on GPU (planned; this release uses torch's)"),
+        ("flash-linear-attention", "fla", "fast Mamba on GPU (planned)"),
+        ("triton", "triton", "torch.compile and the kernel packages above"),
     ):
         version = _version(distribution)
         if version is None or find_spec(module) is None:
@@ -163,16 +162,16 @@ def _slurm() -> Iterator[Finding]:
     for command in ("sbatch", "srun", "scontrol"):
         path = shutil.which(command)
         if path is None:
-            yield Finding("Slurm", command, "missing", "not on PATH", "submitting to a cluster")
+            yield Finding("Slurm", command, "missing", "not on PATH", "submitting to a cluster (planned)")
             continue
         try:
             done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5)
             version = (done.stdout or done.stderr).strip().split("\n")[0]
             yield Finding(
-                "Slurm", command, "ok" if done.returncode == 0 else "warn", version, "submitting to a cluster"
+                "Slurm", command, "ok" if done.returncode == 0 else "warn", version, "submitting to a cluster (planned)"
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            yield Finding("Slurm", command, "warn", f"does not answer: {error}", "submitting to a cluster")
+            yield Finding("Slurm", command, "warn", f"does not answer: {error}", "submitting to a cluster (planned)")
 
 
 def _tracking(store: Path) -> Iterator[Finding]:
@@ -243,7 +242,8 @@ def show(findings: list[Finding]) -> None:
             Text(finding.needed_for, style="dim"),
         )
         area = finding.area
-    console = Console()
+    # Piped output has no width of its own; 80 columns would fold every row.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if can_train(findings):
         console.print("\n[green]Training can run on this machine.[/]")

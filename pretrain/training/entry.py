@@ -127,6 +127,7 @@ class _Rank:
 
         config = self.config
         sources = build_component(config.data, seed=config.run.seed)
+        self.run.check_data(sources.train.fingerprint)
         # Early: its thread opens the store while this one imports the engine, and not during the first steps.
         self._start_tracker(sources)
         objective = build_component(config.objective)
@@ -140,7 +141,7 @@ class _Rank:
         if self.env.rank == 0:
             for name in store.sweep():
                 logger.info("removed %s, left by an interrupted save", name)
-        self.state, callback_states = resume(store, checkpoint, engine, self.env, sources.train.fingerprint)
+        self.state, callback_states = resume(store, checkpoint, engine, self.env)
         callbacks = self._callbacks(engine, store, sources)
         for callback in callbacks:
             callback.load_state_dict(callback_states.get(callback.name, {}))
@@ -228,6 +229,7 @@ class _Rank:
                 run_name=self.run.path.name,
                 tags={
                     "data_fingerprint": sources.train.fingerprint,
+                    "data_manifest": str(getattr(self.config.data, "fingerprint", "unknown")),
                     "world_size": str(self.env.world_size),
                 },
                 artifacts=[path for path in [sources.tokenizer_path] if path],

@@ -88,10 +88,19 @@ class Trainer:
             stream.close()
         return interrupted
 
+    def _next_arrays(self, steps: Iterator[list[HostBatch]]) -> list[HostBatch]:
+        try:
+            return next(steps)
+        except StopIteration:
+            raise ValueError(
+                f"The data source ended after {self.state.samples} samples, at step {self.state.step} of "
+                f"{self.config.train.steps}; lower train.steps, or use a source without end (num_samples None)"
+            ) from None
+
     def _step(self, steps: Iterator[list[HostBatch]]) -> StepRecord | None:
         """One optimizer step; None when any rank was asked to stop before it."""
         started = time.perf_counter()
-        host_batches = [to_tensors(arrays) for arrays in next(steps)]
+        host_batches = [to_tensors(arrays) for arrays in self._next_arrays(steps)]
         targets = float(sum(self.objective.denominator(batch) for batch in host_batches))
         batches = [to_device(batch, self.engine.device) for batch in host_batches]
         data_s = time.perf_counter() - started

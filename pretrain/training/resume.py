@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.damage import describe_damage
-from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
+from pretrain.checkpoint.manifest import CorruptCheckpointError, Manifest
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore, verify
 from pretrain.engines.base import Engine
@@ -18,7 +18,7 @@ logger = logging.getLogger("pretrain")
 
 
 def resume(
-    store: CheckpointStore, choice: str | None, engine: Engine, env: ProcessEnvironment, data_fingerprint: str
+    store: CheckpointStore, choice: str | None, engine: Engine, env: ProcessEnvironment
 ) -> tuple[TrainState, dict[str, Any]]:
     """Load the chosen checkpoint (None: the latest, if any) into ``engine``.
 
@@ -26,19 +26,13 @@ def resume(
 
     Raises:
         CorruptCheckpointError: naming the damaged file and the newest intact checkpoint before it.
-        CheckpointError: no such checkpoint, another model, or other data than the checkpoint was trained on.
+        CheckpointError: no such checkpoint, or another model.
     """
     folder = store.select(choice)
     if folder is None:
         return TrainState(), {}
     verify_together(store, folder, env)
     reader = CheckpointReader(folder)
-    found = reader.training["data_fingerprint"]
-    if found != data_fingerprint:
-        raise CheckpointError(
-            f"{folder} was trained on data with fingerprint {found}, the data set now has {data_fingerprint}: "
-            "the order of samples would not continue. Restore the run's data set, or start a new run on the new data."
-        )
     engine.import_state(reader)
     state = TrainState.from_dict(reader.training)
     logger.info("continuing from %s at step %d", folder, state.step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,35 @@ def test_a_save_that_dies_midway_is_never_chosen(tmp_path: Path) -> None:
     assert store.steps() == [1]
     assert store.sweep() == [torn.name]
     assert not torn.exists()
+
+
+def save_and_die(root: Path, step: int, moment: str) -> None:
+    """Child process: dies by SIGKILL at a chosen moment of a real save."""
+    from pretrain.checkpoint import store, writer
+
+    owner, name = {
+        "rank file written": (writer, "_merge"),
+        "manifest written": (store.CheckpointStore, "commit"),
+        "renamed": (store, "atomic_write_text"),
+    }[moment]
+    setattr(owner, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+    save(root, step)
+
+
+@pytest.mark.parametrize(("moment", "newest"), [("rank file written", 1), ("manifest written", 1), ("renamed", 2)])
+def test_a_killed_save_leaves_a_whole_checkpoint_to_choose(tmp_path: Path, moment: str, newest: int) -> None:
+    save(tmp_path, 1)
+    process = multiprocessing.get_context("spawn").Process(target=save_and_die, args=(tmp_path, 2, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    store = CheckpointStore(tmp_path)
+    # Killed between the rename and the pointer: step 2 is whole but the pointer, which is what counts, is at step 1.
+    assert store.steps() == list(range(1, newest + 1))
+    assert store.latest() == store.path(1)
+    verify(store.path(newest))
+    store.sweep()
+    assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
 def test_a_stale_pointer_falls_back_to_the_newest_folder(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.checkpoint.reader import CheckpointReader, load_weights
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.config.schema import Config, EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -201,6 +205,50 @@ def test_state_survives_a_change_of_layout_unaltered(worker_pools: Any, tmp_path
     expected, found = state_of(before), state_of(after)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+READ_WITHOUT_ENGINE = """
+import sys
+import torch
+from test_deepspeed_engine import PackedNet
+from pretrain.checkpoint.reader import CheckpointReader, load_weights
+from pathlib import Path
+
+model = PackedNet()
+load_weights(model, CheckpointReader(Path(sys.argv[1])))
+assert "deepspeed" not in sys.modules
+torch.save(model.state_dict(), sys.argv[2])
+"""
+
+
+def weights_in_training(rank: int, size: int, root: Path) -> dict[str, torch.Tensor]:
+    engine = build(rank, size, 1)
+    run_steps(engine, rank, size, range(4))
+    save(engine, root, 4, rank)
+    return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
+
+
+def test_one_process_reads_it_without_deepspeed_bit_for_bit(worker_pools: Any, tmp_path: Path) -> None:
+    expected = worker_pools(2).run(weights_in_training, tmp_path)[0]
+    command = [sys.executable, "-c", READ_WITHOUT_ENGINE, tmp_path / "step_00000004", tmp_path / "weights.pt"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    found = torch.load(tmp_path / "weights.pt")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_another_model_is_refused_with_every_difference(worker_pools: Any, tmp_path: Path) -> None:
+    worker_pools(1).run(train_and_save, tmp_path, 1, "fp32", 0.5)
+    other = PackedNet()
+    other.head = nn.Linear(16, 12, bias=False)
+    other.extra = nn.Parameter(torch.zeros(2))
+    del other.scale
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(other, CheckpointReader(tmp_path / "step_00000004"))
+    text = str(caught.value)
+    assert "extra: missing in the checkpoint" in text
+    assert "scale: not in the model" in text
+    assert "head.weight: shape [11, 16] in the checkpoint, [12, 16] in the model" in text
 
 
 def masters_before_training(rank: int, size: int, root: Path) -> None:
