@@ -46,8 +46,15 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
 
         print_report(run, config)
     elif code == ExitCode.RESUMABLE:
-        print(f"Stopped after saving. Continue with: pretrain resume {_shown(run.path)}")
+        print(f"Stopped after saving. Continue with: {program()} resume {_shown(run.path)}")
     return code
+
+
+def program() -> str:
+    """How to call this command from the present shell: by name where it is on PATH, else by its path."""
+    import shutil
+
+    return "pretrain" if shutil.which("pretrain") else _shown(os.path.abspath(sys.argv[0]))
 
 
 def _sync(run: RunDir) -> None:
@@ -59,7 +66,7 @@ def _sync(run: RunDir) -> None:
         print(f"pretrain: MLflow could not be told ({error}); later: pretrain sync {_shown(run.path)}", file=sys.stderr)
 
 
-def _shown(path: os.PathLike[str]) -> str:
+def _shown(path: str | os.PathLike[str]) -> str:
     """The path as a user would type it here."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else str(path)

@@ -41,6 +41,7 @@ def print_report(run: RunDir, config: Config) -> None:
     from rich.text import Text
 
     from pretrain.checkpoint.store import CheckpointStore
+    from pretrain.commands.launch import program
 
     summary: dict[str, Any] = json.loads((run.artifacts_path / "summary.json").read_text())
     here = os.path.relpath(run.path)
@@ -49,14 +50,14 @@ def print_report(run: RunDir, config: Config) -> None:
     table.add_column(style="bold")
     table.add_column()
     if "steps" in summary:
-        table.add_row("steps, tokens", f"{summary['steps']:,} steps, {summary['tokens']:,} target tokens")
+        table.add_row("steps, tokens", f"{summary['steps']:,} steps, {summary['tokens']:,.0f} target tokens")
         table.add_row(
             "training loss", f"{summary['loss_start']:.3f} at the start, {summary['loss_end']:.3f} at the end"
         )
     if "validation_loss" in summary:
         table.add_row("validation loss", f"{summary['validation_loss']:.3f} nats per token")
-    for label, value in _bits_per_byte(summary):
-        table.add_row(label, f"{value:.3f} bits per byte of held-out text")
+    for row, (label, value) in enumerate(_bits_per_byte(summary)):
+        table.add_row("held-out text" if row == 0 else "", f"{value:.3f} bits per byte, {label}")
     if "tokens_per_s" in summary:
         table.add_row("throughput", f"{summary['tokens_per_s']:,.0f} tokens/s (median step)")
     table.add_row("run directory", here)
@@ -71,12 +72,12 @@ def print_report(run: RunDir, config: Config) -> None:
     more = summary.get("steps", config.train.steps) * 3
     console.print("\nNext:")
     for command in (
-        f"pretrain resume {here} train.steps={more}",
-        f"pretrain generate {here} --prompt 'def main'",
-        "pretrain ui",
-        "pretrain config show experiment=demo model.width=256",
+        f"resume {here} train.steps={more}",
+        f"generate {here} --prompt 'def main'",
+        "ui",
+        "config show experiment=demo model.width=256",
     ):
-        console.print(f"  {command}", soft_wrap=True)
+        console.print(f"  {program()} {command}", soft_wrap=True)
 
 
 def _bits_per_byte(summary: dict[str, Any]) -> list[tuple[str, float]]:

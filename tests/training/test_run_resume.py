@@ -107,7 +107,7 @@ def test_a_stop_signal_saves_and_exits_resumable(start: Any, tmp_path: Path) -> 
     overrides = sabotage(tmp_path, call=9, rank=0, victim="launcher", armed=True)
     stopped, run = start("stopped", *overrides)
     assert stopped.returncode == 85, stopped.stderr
-    assert "pretrain resume" in stopped.stdout
+    assert f"resume {run.path.name}" in stopped.stdout
     step = max(run.losses())
     assert step == 5  # the step in which the signal came was finished
     assert (run.path / "checkpoints/latest").read_text().strip() == f"step_{step:08d}"
