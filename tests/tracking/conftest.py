@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from pretrain.tracking.metrics_log import MetricsLog
+from support.records import write_steps
 
 
 def _write_run(path: Path, num_steps: int = 5, **tracking: object) -> Path:
@@ -24,14 +23,6 @@ def _write_run(path: Path, num_steps: int = 5, **tracking: object) -> Path:
     (path / "artifacts" / "samples.txt").write_text("once upon a time\n")
     write_steps(path, 1, 0, num_steps)
     return path
-
-
-def write_steps(path: Path, attempt: int, first: int, last: int) -> None:
-    with MetricsLog(path / "metrics.jsonl", attempt) as log:
-        log.write("start", first, steps=last, world_size=2)
-        for step in range(first + 1, last + 1):
-            log.write("train", step, metrics={"loss": 5.0 / step, "learning_rate": 1e-3})
-        log.write("eval", last, metrics={"validation_loss": 2.5, "validation_bits_per_byte": 1.25})
 
 
 @pytest.fixture

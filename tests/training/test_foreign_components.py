@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, pretrain
+from support.command import Outcome, pretrain
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

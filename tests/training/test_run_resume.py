@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, pretrain, same_tensors
+from support.command import Outcome, pretrain, same_tensors
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
