@@ -197,3 +197,16 @@ def test_generation_uses_the_checkpoint_without_an_engine(finished: Outcome) -> 
     missing = pretrain("generate", finished.path, "--checkpoint", "5")
     assert missing.returncode == 2
     assert "existing: step_00000004, step_00000008" in missing.stderr
+
+
+def test_the_report_sets_the_model_beside_simple_baselines(finished: Outcome) -> None:
+    report = pretrain("report", finished.path)
+    assert report.returncode == 0, report.stderr
+    for text in ("bits per byte, this model", "bits per byte, token bigram model", "bits per byte, xz -9e", "resume"):
+        assert text in report.stdout
+    summary = json.loads((finished.path / "artifacts/summary.json").read_text())
+    losses = finished.losses()
+    assert (summary["loss_start"], summary["steps"]) == (losses[1], 8)
+    # Untrained, the model is about uniform over the vocabulary, and far behind a bigram model.
+    assert summary["validation_bits_per_byte"] > summary["baselines"]["bigram_bits_per_byte"] > 0
+    assert (finished.path / "artifacts/loss_curve.png").stat().st_size > 10_000
