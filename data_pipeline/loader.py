@@ -132,6 +132,9 @@ class StepLoader:
             self._queue.put(_Failure(error))
 
     def _rows(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
+        return self._arrays(indices, num_samples) | {"sample_ids": np.array(indices, dtype=np.int64)}
+
+    def _arrays(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
         if num_samples is None or indices.stop <= num_samples:
             return self._source.batch(indices)
         present = max(0, num_samples - indices.start)

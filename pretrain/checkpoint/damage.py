@@ -17,4 +17,4 @@ def describe_damage(store: CheckpointStore, folder: Path, faults: list[str]) -> 
             f"The newest intact checkpoint before it is {previous.name}: continue from it with "
             f"`pretrain resume {store.root.parent} --checkpoint {previous.name}`."
         )
-    return " ".join([*faults, way_out])
+    return ". ".join([*(fault.rstrip(".") for fault in faults), way_out])

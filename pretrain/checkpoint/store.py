@@ -69,6 +69,22 @@ class CheckpointStore:
         atomic_write_text(self.root / LATEST, final.name + "\n")
         return final
 
+    def set_aside(self, after: int, attempt: int) -> list[str]:
+        """Move checkpoints of later steps than ``after`` to ``set_aside_<attempt>`` and point ``latest`` at ``after``.
+
+        A run that goes back begins another history: the later checkpoints belong to the one it leaves. They are kept,
+        but must be neither chosen nor counted by :meth:`prune`. Returns their names. Call only as the one writer.
+        """
+        later = [self.path(step) for step in self.steps() if step > after]
+        if later:
+            folder = self.root / f"set_aside_{attempt:04d}"
+            folder.mkdir(exist_ok=True)
+            atomic_write_text(self.root / LATEST, checkpoint_name(after) + "\n")
+            for path in later:
+                path.rename(folder / path.name)
+            fsync_directory(self.root)
+        return [path.name for path in later]
+
     def prune(self, keep: int) -> list[int]:
         """Remove all but the newest ``keep`` checkpoints (0 keeps all); returns the removed steps."""
         removed = self.steps()[:-keep] if keep > 0 else []

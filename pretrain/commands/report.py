@@ -8,6 +8,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pretrain.commands.launch import program
+
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
@@ -41,7 +43,6 @@ def print_report(run: RunDir, config: Config) -> None:
     from rich.text import Text
 
     from pretrain.checkpoint.store import CheckpointStore
-    from pretrain.commands.launch import program
 
     summary: dict[str, Any] = json.loads((run.artifacts_path / "summary.json").read_text())
     here = os.path.relpath(run.path)
@@ -71,12 +72,13 @@ def print_report(run: RunDir, config: Config) -> None:
         console.print(Text.assemble((sample["prompt"], "underline"), sample["text"]))
     more = summary.get("steps", config.train.steps) * 3
     console.print("\nNext:")
-    for command in (
-        f"resume {here} train.steps={more}",
-        f"generate {here} --prompt 'def main'",
-        "ui",
-        "config show experiment=demo model.width=256",
-    ):
+    commands = [f"resume {here} train.steps={more}"]
+    if summary.get("samples"):
+        commands.append(f"generate {here} --prompt 'def main'")
+    if config.tracking.enabled:
+        commands.append("ui")
+    commands += [f"checkpoint {here} --verify", "config check experiment=demo model.num_heads=7 train.stepz=9"]
+    for command in commands:
         console.print(f"  {program()} {command}", soft_wrap=True)
 
 
@@ -91,6 +93,8 @@ def _bits_per_byte(summary: dict[str, Any]) -> list[tuple[str, float]]:
 def _mlflow_run(run: RunDir) -> str:
     try:
         facts = json.loads(run.mlflow_path.read_text())
+        if facts["run_id"] is None:
+            return f"not yet on {facts['uri']}: send it with `{program()} sync {os.path.relpath(run.path)}`"
         return f"{facts['run_id']} in {facts['uri']}"
     except (OSError, ValueError, KeyError):
         return "not tracked"

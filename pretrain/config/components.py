@@ -142,7 +142,13 @@ def path_fields(node: object) -> tuple[str, ...]:
 def _check_config_class(
     cls: type, fields: dict[str, Any], path: str, report: Report, suggest: Callable[[str], str | None]
 ) -> Any:
-    values = check_node(fields, dataclass_specs(cls), path, report, suggest=suggest)
+    specs = dataclass_specs(cls)
+    values = check_node(fields, specs, path, report, suggest=suggest)
+    is_whole = values is not None
+    if values is None:
+        # An unknown key must not hide what is wrong with the known ones.
+        names = {spec.name for spec in specs}
+        values = check_node({key: fields[key] for key in fields if key in names}, specs, path, Report())
     if values is None:
         return None
     try:
@@ -152,7 +158,7 @@ def _check_config_class(
         return None
     for name, found, rule, fix in getattr(instance, "violations", tuple)():
         report.fault(join(path, name) if name else path, found, rule, fix)
-    return instance
+    return instance if is_whole else None
 
 
 def _check_foreign(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pretrain.config.check import check, complete_tree
-from pretrain.config.components import COMPONENT_FIELDS, add_import_paths, path_fields
+from pretrain.config.components import COMPONENT_FIELDS, TARGET, add_import_paths, path_fields
 from pretrain.config.schema import Config
 from pretrain.config.typecheck import MISSING_VALUE
 from pretrain.config.violation import InvalidConfigError, Violation, did_you_mean
@@ -244,7 +244,10 @@ def _apply(override: Override, cfg: Any) -> Violation | None:
     key = override.key_or_group
     try:
         if not override.is_delete():
-            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+            value = override.value()
+            # A value that names a class is a whole component: fields of the one it replaces would not fit it.
+            replaces = isinstance(value, dict) and TARGET in value
+            OmegaConf.update(cfg, key, value, merge=not replaces, force_add=True)
             return None
         parent_path, _, name = key.rpartition(".")
         parent = OmegaConf.select(cfg, parent_path) if parent_path else cfg

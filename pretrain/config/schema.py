@@ -34,7 +34,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop. Batch sizes count sequences; intervals and ``steps`` count optimizer steps (0 switches one off)."""
+    """The loop. Batch sizes count sequences; intervals and ``steps`` count optimizer steps (0 switches one off).
+
+    Validation uses the first ``eval_samples`` samples (None: all); the one after the last step uses the whole split
+    when ``final_eval`` is set, which bits per byte need.
+    """
 
     steps: int = field(default=100, metadata=EXTENDABLE)
     global_batch_size: int = 8
@@ -44,6 +48,7 @@ class TrainConfig:
     log_interval: int = field(default=1, metadata=EXTENDABLE)
     eval_interval: int = field(default=50, metadata=EXTENDABLE)
     eval_samples: int | None = field(default=None, metadata=EXTENDABLE)
+    final_eval: bool = field(default=True, metadata=EXTENDABLE)
     checkpoint_interval: int = field(default=50, metadata=EXTENDABLE)
     keep_checkpoints: int = field(default=3, metadata=EXTENDABLE)
     sample_interval: int = field(default=0, metadata=EXTENDABLE)

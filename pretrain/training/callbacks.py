@@ -29,7 +29,7 @@ class NullLog:
 
 
 class MetricsCallback(Callback):
-    """One ``train`` event every ``log_interval`` steps."""
+    """One ``train`` event every ``log_interval`` steps, and for the first and the last step."""
 
     name = "metrics"
 
@@ -38,7 +38,7 @@ class MetricsCallback(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train
-        if record.step % max(train.log_interval, 1) and record.step != train.steps:
+        if not train.log_interval or (record.step % train.log_interval and record.step not in (1, train.steps)):
             return
         seconds = {f"{phase}_s": round(value, 6) for phase, value in record.seconds.items()}
         metrics = {
@@ -55,7 +55,7 @@ class MetricsCallback(Callback):
 
 
 class EvaluationCallback(Callback):
-    """Validation every ``eval_interval`` steps on ``eval_samples`` samples, and on the whole split at the end."""
+    """Validation every ``eval_interval`` steps on ``eval_samples`` samples; at the end on all with ``final_eval``."""
 
     name = "evaluation"
 
@@ -66,7 +66,7 @@ class EvaluationCallback(Callback):
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train
         last = record.step == train.steps
-        if last or (train.eval_interval and record.step % train.eval_interval == 0):
+        if train.eval_interval and (last or record.step % train.eval_interval == 0):
             self._log.write("phase", name="validation", step=record.step)
             started = time.perf_counter()
             metrics = evaluate(
@@ -74,7 +74,7 @@ class EvaluationCallback(Callback):
                 trainer.objective,
                 self._source,
                 batch_size=train.micro_batch_size,
-                num_samples=None if last else train.eval_samples,
+                num_samples=None if last and train.final_eval else train.eval_samples,
             )
             seconds = round(time.perf_counter() - started, 3)
             self._log.write("eval", step=record.step, metrics=metrics, seconds=seconds)
@@ -155,7 +155,7 @@ class SamplingCallback(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train
-        if record.step != train.steps and (not train.sample_interval or record.step % train.sample_interval):
+        if not train.sample_interval or (record.step % train.sample_interval and record.step != train.steps):
             return
         for prompt in train.sample_prompts:
             text = self._sampler.complete(

@@ -7,6 +7,7 @@ Reads the frozen configuration only, joins the other ranks and trains. Exit code
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import sys
 import traceback
@@ -41,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from pretrain.training.failure import exit_code_of
 
-        traceback.print_exc()
+        code = exit_code_of(error)
+        if code == ExitCode.FAILED:
+            traceback.print_exc()
         logger.error("%s", error)
-        return exit_code_of(error)
+        return code
 
 
 def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
@@ -133,7 +136,8 @@ class _Rank:
         objective = build_component(config.objective)
         model = build_component(config.model, layers=TorchLayers())
         reset = getattr(model, "reset_parameters", None)
-        if reset is not None:
+        # torch's own modules have a method of this name without a seed; such a model comes initialised.
+        if reset is not None and inspect.signature(reset).parameters:
             reset(config.run.seed)
         engine = DeepSpeedEngine(model, config, device)
 

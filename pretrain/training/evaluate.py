@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from pretrain.engines.base import Engine
 from pretrain.parallel.process import all_reduce_floats
 from pretrain.training.batches import to_device, to_tensors
@@ -22,7 +24,8 @@ def evaluate(
     mine = list(range(engine.dp_rank, total, engine.dp_size))
     loss_sum = targets = 0.0
     for start in range(0, len(mine), batch_size):
-        batch = to_tensors(source.batch(mine[start : start + batch_size]))
+        indices = mine[start : start + batch_size]
+        batch = to_tensors(source.batch(indices) | {"sample_ids": np.array(indices, dtype=np.int64)})
         targets += float(objective.denominator(batch))
         loss_sum += engine.eval_step(to_device(batch, engine.device), objective)
     loss_sum, targets = all_reduce_floats([loss_sum, targets])

@@ -110,7 +110,7 @@ class Trainer:
             return None
         if denominator <= 0:
             raise ValueError(
-                f"Step {self.state.step}: the global batch holds no target token; check the data set's loss mask"
+                f"Step {self.state.step + 1}: the global batch holds no target token; check the data set's loss mask"
             )
         rate = learning_rate(self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step)
         result = self.engine.train_step(batches, self.objective, denominator, rate)
@@ -125,9 +125,10 @@ class Trainer:
         loss = loss_sum / denominator
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteError(
-                f"Step {self.state.step}: loss {loss}, gradient norm {result.grad_norm}. Nothing was saved after the "
-                "last checkpoint; resume from it with a lower optimizer.learning_rate in a new run, or inspect the "
-                f"global samples {self.state.samples}..{self.state.samples + self.config.train.global_batch_size - 1}."
+                f"Step {self.state.step + 1}: loss {loss}, gradient norm {result.grad_norm}. Nothing of this step was "
+                "saved. Resuming from the last checkpoint repeats the step exactly: to get past it, start a new run "
+                "with a lower optimizer.learning_rate or train.clip_grad_norm, or look at its data, global samples "
+                f"{self.state.samples}..{self.state.samples + self.config.train.global_batch_size - 1}."
             )
         self.state.advance(self.config.train.global_batch_size, round(denominator))
         return StepRecord(

@@ -42,8 +42,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     evals = [record for record in records if record["event"] == "eval"]
     summary: dict[str, Any] = {}
     if train:
-        # Single steps are noisy on small batches: the end is a mean, the start is the first step before any update.
-        tail = train[-10:]
+        # Single steps are noisy on small batches: the end is a mean, the start is the first step, before any update.
+        tail = [record for record in train if record["step"] > train[-1]["step"] - 10]
         summary |= {
             "steps": train[-1]["step"],
             "tokens": train[-1]["metrics"]["tokens"],

@@ -184,6 +184,21 @@ def test_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Manifest.load(folder)
 
 
+def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    for step in (20, 25, 30):
+        save(tmp_path, step)
+    store = CheckpointStore(tmp_path)
+    assert store.set_aside(20, attempt=3) == ["step_00000025", "step_00000030"]
+    assert (store.steps(), store.latest()) == ([20], store.path(20))
+    verify(tmp_path / "set_aside_0003" / "step_00000030")
+    # The new history may be pruned to one checkpoint without losing it to a higher number of the old one.
+    save(tmp_path, 25)
+    assert store.prune(1) == [20]
+    assert store.latest() == store.path(25)
+    assert store.set_aside(25, attempt=4) == []
+    assert not (tmp_path / "set_aside_0004").exists()
+
+
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)

@@ -41,7 +41,7 @@ def start(data_path: Path, tmp_path: Path) -> Callable[..., tuple[subprocess.Com
             f"model.vocab_size={VOCABULARY}",
             "data.sequence_length=32",
             "data.num_lanes=2",
-            "train.sample_prompts=[]",
+            "train.final_eval=true",
             *overrides,
             cwd=tmp_path,
         )

@@ -152,7 +152,7 @@ def test_a_signal_stops_at_the_next_step_boundary() -> None:
 def test_a_loss_that_is_no_number_stops_without_a_record(loss: float) -> None:
     recorder = Recorder()
     made, streams = trainer(Engine(loss), recorder)
-    with pytest.raises(NonFiniteError, match=r"Step 0: loss .* global samples 0\.\.3"):
+    with pytest.raises(NonFiniteError, match=r"Step 1: loss .* global samples 0\.\.3"):
         made.run()
     assert recorder.records == []
     assert recorder.ended is None

@@ -70,7 +70,6 @@ def sabotage(folder: Path, *, call: int, rank: int, victim: str, armed: bool) ->
     return [
         f"run.import_paths=[{package}]",
         f"objective={{_target_: sabotage.Config, marker: {marker}, call: {call}, rank: {rank}, victim: {victim}}}",
-        "~objective.z_loss",
         "launcher.num_processes=2",
         "train.micro_batch_size=1",
         "train.checkpoint_interval=3",
