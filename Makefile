@@ -49,8 +49,8 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	case $$choice in \
 	  cuda) $(PIP) install --quiet "torch==$(TORCH_VERSION)" -c constraints.txt;; \
 	  cpu) $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" -c constraints.txt 2>/dev/null \
-	    || $(PIP) install --quiet "torch==$(TORCH_VERSION)" -c constraints.txt \
-	         --extra-index-url https://pypi.org/simple --index-url https://download.pytorch.org/whl/cpu;; \
+	    || $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" -c constraints.txt \
+	         --extra-index-url https://download.pytorch.org/whl/cpu;; \
 	  *) echo "TORCH is '$$choice'; expected auto, cpu or cuda"; exit 2;; \
 	esac
 	@touch $@

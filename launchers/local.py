@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from launchers.provenance import usable_cpus
 from launchers.run_dir import RunDir
 
 POLL_INTERVAL_S = 0.25
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # What another launcher around us told about *its* processes must not reach ours.
 _INHERITED = ("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_")
 _INHERITED_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -191,6 +191,7 @@ def launch(
     command: Sequence[str] | None = None,
     display: Display | None = None,
     lost: threading.Event | None = None,
+    on_failure: Callable[[int, int, Path], None] | None = None,
 ) -> int:
     """Starts the ranks of ``attempt``, waits for them and returns the first failing one's exit code, or 0.
 
@@ -199,6 +200,7 @@ def launch(
         shutdown_grace_s: seconds between asking ranks to stop and killing them.
         command: program and arguments of every rank; None starts training on ``run``.
         display: polled every quarter of a second and closed before this returns.
+        on_failure: told rank, exit code and log of the rank that failed first.
         lost: when set, the ranks are killed at once (see :class:`launchers.lease.Lease`).
 
     Must be called from the main thread: signals arrive there, and the kernel ties ranks to the thread that
@@ -215,6 +217,8 @@ def launch(
     previous = {
         number: signal.signal(number, lambda received, _frame: supervisor.received.append(received))
         for number in _FORWARDED
+        # What the caller ignores (SIGHUP under nohup) stays ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         with _reserved_port() as port:
@@ -247,6 +251,8 @@ def launch(
     code = from_returncode(failure.process.returncode)
     if code != ExitCode.RESUMABLE:
         _say(describe_failure(failure.index, code, failure.log_path))
+        if on_failure is not None:
+            on_failure(failure.index, code, failure.log_path)
     return code
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 from launchers.exit_codes import ExitCode, meaning
-from launchers.lease import check_attempt
+from launchers.lease import FencedError, check_attempt
 from launchers.run_dir import RunDir
 from pretrain.tracking.metrics_log import MetricsLog, read_records
 
@@ -21,6 +24,22 @@ def record_end(run: RunDir, attempt: int, code: int) -> bool:
     known: dict[int, str] = {ExitCode.FINISHED: "finished", ExitCode.RESUMABLE: "interrupted"}
     status = known.get(code, "failed")
     steps = [record["step"] for record in own if "step" in record]
-    with MetricsLog(run.metrics_path, attempt, fence=lambda: check_attempt(run, attempt)) as log:
+    with _log(run, attempt) as log:
         log.write("end", steps[-1] if steps else None, status=status, message=meaning(code))
     return True
+
+
+def record_failure(run: RunDir, attempt: int, rank: int, code: int, log_path: Path) -> None:
+    """Appends which rank failed first, how, and its last log line.
+
+    Other ranks record what that failure did to them, such as a lost connection; this is the cause. Nothing is written
+    when a later attempt has taken over.
+    """
+    lines = log_path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    message = f"rank {rank} ended with code {code} ({meaning(code)})" + (f": {lines[-1]}" if lines else "")
+    with contextlib.suppress(FencedError), _log(run, attempt) as log:
+        log.write("failure", rank=rank, code=code, message=message)
+
+
+def _log(run: RunDir, attempt: int) -> MetricsLog:
+    return MetricsLog(run.metrics_path, attempt, fence=lambda: check_attempt(run, attempt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,13 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
     """
     from launchers.exit_codes import ExitCode
     from launchers.local import launch
-    from launchers.outcome import record_end
+    from launchers.outcome import record_end, record_failure
     from launchers.progress import open_display
+    from pretrain.checkpoint.store import CheckpointStore
 
     run = lease.run
     run.record_attempt(lease.attempt, ["pretrain", *sys.argv[1:]])
-    print(f"run directory {_shown(run.path)} (attempt {lease.attempt})", flush=True)
+    print(f"run directory {shown(run.path)} (attempt {lease.attempt})", flush=True)
     command = [sys.executable, "-m", "pretrain.training.entry", str(run.path)]
     if checkpoint is not None:
         command += ["--checkpoint", checkpoint]
@@ -37,6 +39,7 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
         command=command,
         display=open_display(run, lease.attempt),
         lost=lease.lost,
+        on_failure=lambda rank, code, log: record_failure(run, lease.attempt, rank, code, log),
     )
     # Ranks that were killed could not say so themselves: neither in the run's record nor to the tracker.
     if not lease.lost.is_set() and record_end(run, lease.attempt, code) and config.tracking.enabled:
@@ -46,7 +49,9 @@ def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) 
 
         print_report(run, config)
     elif code == ExitCode.RESUMABLE:
-        print(f"Stopped after saving. Continue with: {program()} resume {_shown(run.path)}")
+        saved = CheckpointStore(run.checkpoints_path).latest()
+        where = f"with {saved.name} saved" if saved else "before the first checkpoint"
+        print(f"Stopped {where}. Continue with: {program()} resume {shown(run.path)}")
     return code
 
 
@@ -54,7 +59,7 @@ def program() -> str:
     """How to call this command from the present shell: by name where it is on PATH, else by its path."""
     import shutil
 
-    return "pretrain" if shutil.which("pretrain") else _shown(os.path.abspath(sys.argv[0]))
+    return "pretrain" if shutil.which("pretrain") else shown(os.path.abspath(sys.argv[0]))
 
 
 def _sync(run: RunDir) -> None:
@@ -63,10 +68,10 @@ def _sync(run: RunDir) -> None:
     try:
         sync(run.path)
     except Exception as error:  # Tracking must not hide how the run ended.
-        print(f"pretrain: MLflow could not be told ({error}); later: pretrain sync {_shown(run.path)}", file=sys.stderr)
+        print(f"pretrain: MLflow could not be told ({error}); later: pretrain sync {shown(run.path)}", file=sys.stderr)
 
 
-def _shown(path: str | os.PathLike[str]) -> str:
+def shown(path: str | os.PathLike[str]) -> str:
     """The path as a user would type it here."""
     relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)
+    return shlex.quote(relative if not relative.startswith("..") else str(path))

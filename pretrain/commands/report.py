@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pretrain.commands.launch import program
+from pretrain.commands.launch import program, shown
 
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
@@ -30,10 +30,20 @@ def _report(arguments: argparse.Namespace) -> int:
     from pretrain.config.check import check
 
     run_dir = RunDir.open(arguments.run_dir)
-    if not (run_dir.artifacts_path / "summary.json").is_file():
+    config = check(run_dir.config())
+    if not is_reported(run_dir, config.train.steps):
         raise ValueError(f"{run_dir.path} has not finished; continue it with `pretrain resume {arguments.run_dir}`")
-    print_report(run_dir, check(run_dir.config()))
+    print_report(run_dir, config)
     return 0
+
+
+def is_reported(run: RunDir, steps: int) -> bool:
+    """Whether a run of ``steps`` steps has come to its end, report included."""
+    try:
+        summary = json.loads((run.artifacts_path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(summary.get("completed_steps") == steps)
 
 
 def print_report(run: RunDir, config: Config) -> None:
@@ -45,7 +55,7 @@ def print_report(run: RunDir, config: Config) -> None:
     from pretrain.checkpoint.store import CheckpointStore
 
     summary: dict[str, Any] = json.loads((run.artifacts_path / "summary.json").read_text())
-    here = os.path.relpath(run.path)
+    here = shown(run.path)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     table = Table(title=f"Finished: {config.run.name}", show_header=False, title_justify="left")
     table.add_column(style="bold")

@@ -25,6 +25,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from pretrain.checkpoint.manifest import CorruptCheckpointError
     from pretrain.checkpoint.store import CheckpointStore, verify
     from pretrain.commands.launch import launch_attempt
+    from pretrain.commands.report import is_reported
     from pretrain.config.check import check
     from pretrain.config.freeze import Difference, extend
 
@@ -45,12 +46,18 @@ def _resume(arguments: argparse.Namespace) -> int:
                 manifest = verify(folder)
             except CorruptCheckpointError as error:
                 raise CorruptCheckpointError(describe_damage(store, folder, [str(error)])) from error
-            if manifest.step >= config.train.steps:
+            # A run that was stopped between its last step and its report goes on with validation and report.
+            if manifest.step > config.train.steps or (
+                manifest.step == config.train.steps and is_reported(run_dir, config.train.steps)
+            ):
                 print(
                     f"Nothing to do: {folder.name} has completed {manifest.step} of {config.train.steps} steps. "
                     f"To train on: pretrain resume {arguments.run_dir} train.steps={manifest.step + config.train.steps}"
                 )
                 return ExitCode.FINISHED
+            later = store.set_aside(manifest.step, lease.attempt)
+            if later:
+                print(f"set aside in checkpoints/set_aside_{lease.attempt:04d}, as of a later step: {', '.join(later)}")
         if changes:
             number = run_dir.add_revision(tree, changes)
             print(f"revision {number}: " + "; ".join(map(str, changes)))

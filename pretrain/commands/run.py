@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from launchers.lease import Lease
     from launchers.run_dir import RunDir
-    from pretrain.commands.launch import launch_attempt
+    from pretrain.commands.launch import launch_attempt, shown
     from pretrain.config.check import check
     from pretrain.config.compose import load_run_config
     from pretrain.config.freeze import frozen_for_new_run
@@ -30,4 +30,6 @@ def _run(arguments: argparse.Namespace) -> int:
     config = check(tree)
     run_dir = RunDir.create(tree, root=config.run.root, name=config.run.name, path=arguments.run_dir)
     with Lease.acquire(run_dir) as lease:
+        if not run_dir.created:
+            print(f"{shown(run_dir.path)} holds this very configuration already: continuing it")
         return launch_attempt(lease, config)

@@ -17,13 +17,19 @@ from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
 from pretrain.optim.build import build_optimizer
-from pretrain.parallel.canonical import canonical_parameters
+from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 
 
 class DeepSpeedEngine:
     """See :class:`pretrain.engines.base.Engine`. Needs an initialised default process group."""
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        scalars = [p.module_name for p in canonical_parameters(model) if p.tensor.ndim == 0]
+        if scalars:
+            raise ValueError(
+                f"model: parameters without a dimension, which DeepSpeed cannot flatten: {', '.join(scalars)}; "
+                "give them the shape [1]"
+            )
         deepspeed = import_deepspeed(device.type)
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
@@ -73,6 +79,9 @@ class DeepSpeedEngine:
         engine.step()
         if grad_norm is None:
             grad_norm = float(engine.get_global_grad_norm())
+        # As in torch's DistributedDataParallel, running statistics are those of rank 0: one copy is the state.
+        for _, buffer in canonical_buffers(self.module):
+            torch.distributed.broadcast(buffer, 0)
         clock.lap("optimizer")
         return StepResult(
             loss_sum=float(loss_sum),

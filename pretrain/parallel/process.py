@@ -115,7 +115,6 @@ def join_process_group(
         RANK=str(env.rank),
         WORLD_SIZE=str(env.world_size),
         LOCAL_RANK=str(env.local_rank),
-        LOCAL_SIZE=str(env.world_size),
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

@@ -124,6 +124,10 @@ def read_records(path: Path) -> list[Record]:
     return [record for line in path.read_bytes().split(b"\n") if (record := _decode(line)) is not None]
 
 
+# What only a training attempt writes; an attempt that failed before its first step rolled nothing back.
+_TRAINING = ("start", "train", "eval")
+
+
 def effective_records(records: Iterable[Record]) -> list[Record]:
     """The run's history without steps that were rolled back.
 
@@ -135,7 +139,7 @@ def effective_records(records: Iterable[Record]) -> list[Record]:
     attempt: int | None = None
     for record in records:
         step = record.get("step")
-        if step is not None and record.get("attempt") != attempt:
+        if step is not None and record["event"] in _TRAINING and record.get("attempt") != attempt:
             attempt = record.get("attempt")
             last_valid = step if record["event"] == "start" else step - 1
             kept = [old for old in kept if old.get("step") is None or old["step"] <= last_valid]

@@ -9,6 +9,8 @@ import torch
 
 from pretrain.engines.base import Batch
 
+SAMPLE_IDS = "sample_ids"
+
 
 def to_tensors(arrays: Mapping[str, np.ndarray]) -> Batch:
     """Host tensors sharing the arrays' memory."""
@@ -16,7 +18,10 @@ def to_tensors(arrays: Mapping[str, np.ndarray]) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``; pinned and asynchronous towards CUDA."""
+    """The batch on ``device``; pinned and asynchronous towards CUDA. ``sample_ids`` stays on the host, as a key."""
     if device.type == "cpu":
         return batch
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {
+        name: tensor if name == SAMPLE_IDS else tensor.pin_memory().to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }

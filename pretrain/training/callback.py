@@ -20,8 +20,9 @@ class Callback:
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After every optimizer step."""
 
-    def on_end(self, trainer: Trainer, interrupted: bool) -> None:
-        """After the last step, or at a stop request."""
+    def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
+        """After the last step, or at a stop request; returns whether a stop request cut this callback's work short."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state to keep in checkpoints."""

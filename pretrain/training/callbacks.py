@@ -65,19 +65,32 @@ class EvaluationCallback(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train
-        last = record.step == train.steps
-        if train.eval_interval and (last or record.step % train.eval_interval == 0):
-            self._log.write("phase", name="validation", step=record.step)
-            started = time.perf_counter()
-            metrics = evaluate(
-                trainer.engine,
-                trainer.objective,
-                self._source,
-                batch_size=train.micro_batch_size,
-                num_samples=None if last and train.final_eval else train.eval_samples,
-            )
+        if train.eval_interval and record.step % train.eval_interval == 0 and record.step != train.steps:
+            self._validate(trainer, train.eval_samples)
+
+    def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
+        train = trainer.config.train
+        if interrupted or not train.eval_interval:
+            return False
+        return not self._validate(trainer, None if train.final_eval else train.eval_samples)
+
+    def _validate(self, trainer: Trainer, num_samples: int | None) -> bool:
+        """Returns whether it ran to its end; a stop request ends it without a result."""
+        step = trainer.state.step
+        self._log.write("phase", name="validation", step=step)
+        started = time.perf_counter()
+        metrics = evaluate(
+            trainer.engine,
+            trainer.objective,
+            self._source,
+            batch_size=trainer.config.train.micro_batch_size,
+            num_samples=num_samples,
+            stop=trainer.stop_agreed,
+        )
+        if metrics is not None:
             seconds = round(time.perf_counter() - started, 3)
-            self._log.write("eval", step=record.step, metrics=metrics, seconds=seconds)
+            self._log.write("eval", step=step, metrics=metrics, seconds=seconds)
+        return metrics is not None
 
 
 class CheckpointCallback(Callback):
@@ -112,9 +125,10 @@ class CheckpointCallback(Callback):
         if interval and record.step % interval == 0:
             self._save(trainer)
 
-    def on_end(self, trainer: Trainer, interrupted: bool) -> None:
+    def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
         if self._saved_step != trainer.state.step:
             self._save(trainer)
+        return False
 
     def _save(self, trainer: Trainer) -> None:
         started = time.perf_counter()
@@ -155,10 +169,18 @@ class SamplingCallback(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train
-        if not train.sample_interval or (record.step % train.sample_interval and record.step != train.steps):
-            return
+        if train.sample_interval and record.step % train.sample_interval == 0 and record.step != train.steps:
+            self._write(trainer)
+
+    def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
+        if trainer.config.train.sample_interval and not interrupted:
+            self._write(trainer)
+        return False
+
+    def _write(self, trainer: Trainer) -> None:
+        train = trainer.config.train
         for prompt in train.sample_prompts:
             text = self._sampler.complete(
                 trainer.engine.module, prompt, train.sample_tokens, seed=trainer.config.run.seed
             )
-            self._log.write("sample", step=record.step, prompt=prompt, text=text)
+            self._log.write("sample", step=trainer.state.step, prompt=prompt, text=text)

@@ -204,12 +204,8 @@ class _Rank:
             "world_size": self.env.world_size,
             "precision": self.config.train.precision,
         }
+        # The checkpoint of a step comes before its validation, which may be long and may be cut short.
         result: list[Any] = [own.MetricsCallback(self.log)]
-        if sources.validation is not None:
-            result.append(own.EvaluationCallback(self.log, sources.validation))
-        wants_samples = self.env.rank == 0 and self.config.train.sample_prompts and sources.tokenizer_path
-        if wants_samples and TextSampler.supports(engine.module):
-            result.append(own.SamplingCallback(self.log, TextSampler(sources.tokenizer_path)))
         result.append(
             own.CheckpointCallback(
                 store,
@@ -220,6 +216,13 @@ class _Rank:
                 facts=facts,
             )
         )
+        if sources.validation is not None:
+            if sources.validation.num_samples is None:
+                raise ValueError("data: the validation source is endless (num_samples None); validation needs an end")
+            result.append(own.EvaluationCallback(self.log, sources.validation))
+        wants_samples = self.env.rank == 0 and self.config.train.sample_prompts and sources.tokenizer_path
+        if wants_samples and TextSampler.supports(engine.module):
+            result.append(own.SamplingCallback(self.log, TextSampler(sources.tokenizer_path)))
         return result
 
     def _start_tracker(self, sources: Any) -> None:
@@ -244,7 +247,8 @@ class _Rank:
             return
         try:
             if self.log is not None:
-                step = self.state.step if self.state is not None else 0
+                # No step before the state is known: the history of earlier attempts must not seem rolled back.
+                step = self.state.step if self.state is not None else None
                 self.log.write("end", step=step, status=status, message=message)
         except Exception as error:  # A lost lease, a full disk: the original failure matters more.
             logger.error("could not record the end of the run: %s", error)

@@ -13,10 +13,11 @@ import psutil
 import torch
 
 from pretrain.config.schema import Config
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Batch, Engine
+from pretrain.ops.keyed_random import keyed_seed
 from pretrain.optim.schedule import learning_rate
-from pretrain.parallel.process import all_reduce_floats
-from pretrain.training.batches import to_device, to_tensors
+from pretrain.parallel.process import all_reduce_floats, gather_objects
+from pretrain.training.batches import SAMPLE_IDS, to_device, to_tensors
 from pretrain.training.callback import Callback
 from pretrain.training.signals import StopRequest
 from pretrain.training.state import StepRecord, TrainState
@@ -61,6 +62,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self._open_stream = open_stream
         self._stop = stop
+        self._metric_names: list[str] | None = None
         self._process = psutil.Process(os.getpid())
 
     def run(self) -> bool:
@@ -83,10 +85,32 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.after_step(self, record)
             for callback in self.callbacks:
-                callback.on_end(self, interrupted)
+                interrupted |= callback.on_end(self, interrupted)
         finally:
             stream.close()
         return interrupted
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop; every rank must ask at the same point."""
+        return all_reduce_floats([float(self._stop.requested)])[0] > 0
+
+    def _keyed_loss(self, model: Callable[..., torch.Tensor], batch: Batch) -> Any:
+        """The objective, with torch's generators keyed by (seed, first global sample of the micro-batch).
+
+        So a model that draws from them (dropout) repeats its draws when a run is continued, on any number of ranks.
+        """
+        torch.manual_seed(keyed_seed(self.config.run.seed, "training", int(batch[SAMPLE_IDS][0])))
+        return self.objective(model, batch)
+
+    def _check_metric_names(self, metrics: dict[str, float]) -> None:
+        """Once: sums over ranks need the same metrics on all of them."""
+        if self._metric_names is None:
+            self._metric_names = sorted(metrics)
+            named = gather_objects(self._metric_names)
+            if any(names != self._metric_names for names in named):
+                raise ValueError(
+                    f"The objective reports other metrics on other ranks: {named}; report the same names always"
+                )
 
     def _next_arrays(self, steps: Iterator[list[HostBatch]]) -> list[HostBatch]:
         try:
@@ -113,7 +137,8 @@ class Trainer:
                 f"Step {self.state.step + 1}: the global batch holds no target token; check the data set's loss mask"
             )
         rate = learning_rate(self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step)
-        result = self.engine.train_step(batches, self.objective, denominator, rate)
+        result = self.engine.train_step(batches, self._keyed_loss, denominator, rate)
+        self._check_metric_names(result.metrics)
 
         memory = (
             torch.cuda.max_memory_allocated() if self.engine.device.type == "cuda" else self._process.memory_info().rss

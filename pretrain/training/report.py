@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
+
+logger = logging.getLogger("pretrain")
 
 
 def write_report(run: RunDir, config: Config) -> dict[str, Any]:
@@ -18,10 +21,13 @@ def write_report(run: RunDir, config: Config) -> dict[str, Any]:
     from pretrain.tracking.plots import plot_loss_curve
 
     records = effective_records(read_records(run.metrics_path))
-    summary = summarise(records)
+    summary = {"completed_steps": config.train.steps, **summarise(records)}
     baselines = getattr(config.data, "baselines", None)
     if callable(baselines) and "validation_bits_per_byte" in summary:
-        summary["baselines"] = baselines()
+        try:
+            summary["baselines"] = baselines()
+        except (ValueError, OSError) as error:  # A finished run must not fail for what it is compared with.
+            logger.warning("the report goes without baselines: %s", error)
     summary["samples"] = [
         {"prompt": record["prompt"], "text": record["text"]}
         for record in records

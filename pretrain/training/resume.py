@@ -35,9 +35,6 @@ def resume(
     reader = CheckpointReader(folder)
     engine.import_state(reader)
     state = TrainState.from_dict(reader.training)
-    if env.rank == 0:
-        for name in store.set_aside(state.step, env.attempt):
-            logger.info("%s is later than %s: set aside in set_aside_%04d", name, folder.name, env.attempt)
     logger.info("continuing from %s at step %d", folder, state.step)
     return state, reader.training["callbacks"]
 

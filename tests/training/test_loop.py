@@ -71,14 +71,16 @@ class Recorder(Callback):
         self.records: list[StepRecord] = []
         self.ended: bool | None = None
         self.stop_at = stop_at
+        self.cut_short = False
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         self.records.append(record)
         if record.step == self.stop_at:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    def on_end(self, trainer: Trainer, interrupted: bool) -> None:
+    def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
         self.ended = interrupted
+        return self.cut_short
 
 
 def trainer(
@@ -148,6 +150,14 @@ def test_a_signal_stops_at_the_next_step_boundary() -> None:
     assert streams[0].closed
 
 
+def test_a_last_validation_that_is_cut_short_leaves_the_run_interrupted() -> None:
+    recorder = Recorder()
+    recorder.cut_short = True
+    made, _ = trainer(Engine(), recorder)
+    assert made.run() is True
+    assert made.state.step == 5
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_without_a_record(loss: float) -> None:
     recorder = Recorder()
@@ -192,5 +202,8 @@ def test_validation_covers_each_sample_once_and_counts_bytes() -> None:
     nats = sum(range(7)) * 2
     assert metrics["validation_loss"] == pytest.approx(nats / 14)
     assert metrics["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / 21)
+    answers = iter([False, True])
+    assert evaluate(engine, Objective(), Source(), batch_size=1, stop=lambda: next(answers, True)) is not None  # type: ignore[arg-type]
+    assert evaluate(engine, Objective(), Source(), batch_size=1, stop=lambda: True) is None  # type: ignore[arg-type]
     part = evaluate(engine, Objective(), Source(), batch_size=3, num_samples=4)  # type: ignore[arg-type]
     assert part == {"validation_loss": pytest.approx(sum(range(4)) * 2 / 8)}

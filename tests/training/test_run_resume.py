@@ -76,11 +76,6 @@ def sabotage(folder: Path, *, call: int, rank: int, victim: str, armed: bool) ->
     ]
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
-    return {}
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_killed_run_resumes_bit_for_bit(start: Any, tmp_path: Path, precision: str) -> None:
     # Each rank sees two micro-batches a step: call 10 is in the fifth step, two steps after the checkpoint.
@@ -196,6 +191,26 @@ def test_generation_uses_the_checkpoint_without_an_engine(finished: Outcome) -> 
     missing = pretrain("generate", finished.path, "--checkpoint", "5")
     assert missing.returncode == 2
     assert "existing: step_00000004, step_00000008" in missing.stderr
+
+
+def test_a_failed_start_and_a_lost_report_cost_nothing(finished: Outcome) -> None:
+    before = finished.losses()
+    # As if the run had been killed after its last checkpoint, before validation and report.
+    (finished.path / "artifacts/summary.json").unlink()
+    frozen = (finished.path / "data.json").read_text()
+    (finished.path / "data.json").write_text('{"fingerprint": "other"}')
+    refused = pretrain("resume", finished.path)
+    assert refused.returncode == 3
+    assert "data with fingerprint other" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    (finished.path / "data.json").write_text(frozen)
+    assert finished.losses() == before
+    again = pretrain("resume", finished.path)
+    assert again.returncode == 0, again.stderr
+    assert finished.losses() == before
+    assert (finished.path / "artifacts/summary.json").exists()
+    events = [json.loads(line) for line in (finished.path / "metrics.jsonl").read_text().splitlines()]
+    assert any(e["event"] == "failure" and "data with fingerprint other" in e["message"] for e in events)
 
 
 def test_the_report_sets_the_model_beside_simple_baselines(finished: Outcome) -> None:
