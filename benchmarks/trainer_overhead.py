@@ -1,13 +1,14 @@
 """Our training loop against a bare loop over the bare DeepSpeed engine: tokens/s, as a ratio.
 
-    python benchmarks/trainer_overhead.py [--data data/stdlib] [--processes 2] [--rounds 8] [--steps 5]
+    python benchmarks/trainer_overhead.py [--data data/stdlib] [--processes 2] [--rounds 12] [--steps 10]
 
 Both train the demo's model with the same thread count. The bare loop holds its batches in memory, takes a constant
 learning rate and records nothing. Ours reads the data set, normalises by the global number of target tokens, follows
 the schedule, checks for stop requests and non-finite numbers, writes ``metrics.jsonl`` and sends it to MLflow (SQLite);
-each block of ours ends with a synchronous flush to MLflow, which in a run happens in a background thread. Blocks of
-``--steps`` steps take turns; a ratio is taken within each round, and the median and quartiles are reported.
-Checkpoints, validation and start-up are not part of it: their times are reported by every run.
+each block of ours ends with a synchronous flush to MLflow, which in a run happens in a background thread every ten
+seconds: about the ten steps of a block. Up to two steps of data are ready before a block starts. Blocks take turns; a
+ratio is taken within each round, and the median and quartiles are reported. Checkpoints, validation and start-up are
+not part of it: every run reports their times.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/stdlib")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps in a block")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in a block")
     arguments = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
