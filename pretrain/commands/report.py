@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pretrain.commands.launch import program, shown
+from pretrain.training.report import BASELINES
 
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
@@ -96,8 +97,7 @@ def _bits_per_byte(summary: dict[str, Any]) -> list[tuple[str, float]]:
     rows = []
     if "validation_bits_per_byte" in summary:
         rows.append(("this model", summary["validation_bits_per_byte"]))
-    names = {"bigram_bits_per_byte": "token bigram model", "xz_bits_per_byte": "xz -9e"}
-    return rows + [(names.get(name, name), value) for name, value in summary.get("baselines", {}).items()]
+    return rows + [(BASELINES.get(name, name), value) for name, value in summary.get("baselines", {}).items()]
 
 
 def _mlflow_run(run: RunDir) -> str:

@@ -24,14 +24,14 @@ def evaluate(
     num_samples: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean loss (nats per target token) over the first ``num_samples`` samples of a finite source (None: all).
+    """Mean loss (nats per target token) over ``num_samples`` samples spread evenly over a finite source (None: all).
 
     Samples are dealt to data-parallel ranks in turn and sums are taken in float64. Over the whole source the result
     also holds bits per UTF-8 byte: total nats / ln 2 / bytes of the text behind the targets. ``stop``, which must
     answer the same on every rank, is asked every few batches; when it says yes the result is None.
     """
     total = source.num_samples if num_samples is None else min(num_samples, source.num_samples)
-    mine = list(range(engine.dp_rank, total, engine.dp_size))
+    mine = [place * source.num_samples // total for place in range(engine.dp_rank, total, engine.dp_size)]
     loss_sum = targets = 0.0
     # The same number of rounds on every rank, so that all ask ``stop`` together; in the last some may have no sample.
     most = math.ceil(total / engine.dp_size)

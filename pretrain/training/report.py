@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pretrain")
 
+# What a data component's baselines are called in reports and pictures.
+BASELINES = {"bigram_bits_per_byte": "token bigram model", "xz_bits_per_byte": "xz -9e"}
+
 
 def write_report(run: RunDir, config: Config) -> dict[str, Any]:
     """Collect the figures of a finished run and write ``artifacts/summary.json`` and ``artifacts/loss_curve.png``."""
@@ -38,7 +41,8 @@ def write_report(run: RunDir, config: Config) -> dict[str, Any]:
     if summary["samples"]:
         text = "\n".join(f"--- {s['prompt']!r}\n{s['prompt']}{s['text']}\n" for s in summary["samples"])
         atomic_write_text(run.artifacts_path / "samples.txt", text)
-    plot_loss_curve(records, run.artifacts_path / "loss_curve.png", baselines=summary.get("baselines"))
+    labelled = {BASELINES.get(name, name): value for name, value in summary.get("baselines", {}).items()}
+    plot_loss_curve(records, run.artifacts_path / "loss_curve.png", baselines=labelled)
     return summary
 
 
