@@ -36,8 +36,8 @@ class RunConfig:
 class TrainConfig:
     """The loop. Batch sizes count sequences; intervals and ``steps`` count optimizer steps (0 switches one off).
 
-    Validation uses ``eval_samples`` samples spread evenly over the split (None: all); the one after the last step uses the whole split
-    when ``final_eval`` is set, which bits per byte need.
+    Validation uses ``eval_samples`` samples spread evenly over the split (None: all); the one after the last step uses
+    the whole split when ``final_eval`` is set, which bits per byte need.
     """
 
     steps: int = field(default=100, metadata=EXTENDABLE)
