@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
     from pretrain.parallel.process import ProcessEnvironment
+    from pretrain.tracking.metrics_log import MetricsLog
 
 logger = logging.getLogger("pretrain")
 
@@ -61,6 +63,21 @@ def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
     return _Rank(run, tree, config, env, stop).train(checkpoint)
 
 
+class _EchoedLog:
+    """Metrics records, each also as a plain line in rank 0's log: under any launcher the log tells the run."""
+
+    def __init__(self, metrics: MetricsLog, title: str, attempt: int) -> None:
+        from launchers.progress import ProgressState
+
+        self._metrics = metrics
+        self._state = ProgressState(title, attempt)
+
+    def write(self, event: str, **fields: Any) -> None:
+        line = self._state.update(self._metrics.write(event, **fields))
+        if line:
+            logger.info("%s", line)
+
+
 class _Rank:
     """One rank's parts, from frozen configuration to exit code."""
 
@@ -88,6 +105,18 @@ class _Rank:
         torch.manual_seed(self.config.run.seed)
         device = select_device(self.config.launcher.device, self.env.local_rank)
         check_attempt(self.run, self.env.attempt)
+        logger.info(
+            "rank %d of %d on %s (node %d of %d), attempt %d, device %s, %d threads, torch %s",
+            self.env.rank,
+            self.env.world_size,
+            socket.gethostname(),
+            self.env.node_rank,
+            self.env.num_nodes,
+            self.env.attempt,
+            device,
+            torch.get_num_threads(),
+            torch.__version__,
+        )
         join_process_group(self.env, device)
         try:
             self._open_log()
@@ -109,11 +138,12 @@ class _Rank:
         if self.env.rank == 0:
             from pretrain.tracking.metrics_log import MetricsLog
 
-            self.log = MetricsLog(
+            metrics = MetricsLog(
                 self.run.metrics_path,
                 self.env.attempt,
                 fence=lambda: check_attempt(self.run, self.env.attempt),
             )
+            self.log = _EchoedLog(metrics, self.run.path.name, self.env.attempt)
 
     def _phase(self, name: str) -> None:
         self.log.write("phase", name=name)

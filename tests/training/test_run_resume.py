@@ -213,6 +213,13 @@ def test_a_failed_start_and_a_lost_report_cost_nothing(finished: Outcome) -> Non
     assert any(e["event"] == "failure" and "data with fingerprint other" in e["message"] for e in events)
 
 
+def test_every_rank_logs_where_it_runs_and_rank_0_what_happens(finished: Outcome) -> None:
+    log = (finished.path / "logs/attempt_0001/rank_00000.log").read_text()
+    assert "rank 0 of 1 on " in log
+    for text in ("step 1/8  loss", "step 8/8  checkpoint saved", "validation bits per byte", "finished"):
+        assert text in log
+
+
 def test_the_report_sets_the_model_beside_simple_baselines(finished: Outcome) -> None:
     report = pretrain("report", finished.path)
     assert report.returncode == 0, report.stderr
