@@ -13,7 +13,7 @@ SHELL := /bin/bash
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint install install-dev matrix bench clean
+.PHONY: demo test lint install install-dev bench clean
 
 demo: install
 	$(BIN)/pretrain data prepare stdlib data/stdlib
@@ -29,6 +29,8 @@ lint: install-dev
 
 bench: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mamba2_mixer.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/demo.py
+	$(BIN)/pretrain data prepare stdlib data/stdlib
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trainer_overhead.py
 
 install: $(VENV)/.installed
