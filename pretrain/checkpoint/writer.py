@@ -133,17 +133,17 @@ def save_checkpoint(
 
 def _together(gather: Callable[[Any], list[Any]], action: Callable[[], Any] | None) -> list[Any]:
     """Run ``action`` here, share results; raise the same error everywhere if any rank failed."""
-    result, failure = None, None
+    result, failure, cause = None, None, None
     try:
         result = action() if action else None
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
+        failure, cause = f"{type(error).__name__}: {error}", error
     outcomes = gather((result, failure))
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     if failures:
         raise CheckpointSaveError(
             "The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures)
-        )
+        ) from cause
     return [value for value, _ in outcomes]
 
 

@@ -16,7 +16,8 @@ def exit_code_of(error: BaseException) -> ExitCode:
     """Exit code for a failure; ``ValueError`` is by convention the user's to mend."""
     if isinstance(error, CorruptCheckpointError):
         return ExitCode.CORRUPTED_CHECKPOINT
-    if isinstance(error, RunDirectoryError | FencedError):
+    # A lease that is lost during a save arrives as the cause of the failed save.
+    if isinstance(error, RunDirectoryError | FencedError) or isinstance(error.__cause__, FencedError):
         return ExitCode.RUN_DIRECTORY_REFUSED
     if isinstance(error, ValueError):
         return ExitCode.INVALID_INPUT
