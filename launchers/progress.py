@@ -100,6 +100,8 @@ class ProgressState:
 
     def _on_checkpoint(self, record: Record) -> str:
         seconds = f" in {record['seconds']:.1f} s" if "seconds" in record else ""
+        if "stall_s" in record:
+            seconds += f" (training stood still for {record['stall_s']:.2f} s)"
         return f"{self._where(record)}  checkpoint saved{seconds}: {record.get('path', '')}"
 
     def _on_sample(self, record: Record) -> str:

@@ -85,6 +85,9 @@ class RunDir:
     def rank_log_path(self, attempt: int, rank: int) -> Path:
         return self.attempt_path(attempt) / f"rank_{rank:05d}.log"
 
+    def trace_path(self, attempt: int) -> Path:
+        return self.path / "trace" / f"attempt_{attempt:04d}"
+
     # ---- making and opening ----------------------------------------------------------------------
 
     @classmethod

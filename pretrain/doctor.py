@@ -45,6 +45,7 @@ def report(store: Path = Path("mlruns"), folder: Path = Path(".")) -> list[Findi
         _machine,
         _torch,
         _packages,
+        _megatron,
         _kernels,
         _slurm,
         lambda: _tracking(store),
@@ -132,7 +133,6 @@ def _packages() -> Iterator[Finding]:
         ("hydra-core", "composing configurations", True),
         ("tokenizers", "preparing text", True),
         ("safetensors", "checkpoints", True),
-        ("megatron-core", "the Megatron-Core engine (planned; this release trains on DeepSpeed)", False),
         ("mlflow", "tracking (metrics.jsonl is written without it)", False),
         ("matplotlib", "the loss-curve picture", True),
         ("transformers", "the tests: an independent Mamba-2 to compare with", False),
@@ -141,6 +141,34 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             "packages", name, "ok" if version else "missing", version or "not installed", needed_for, required
         )
+
+
+def _megatron() -> Iterator[Finding]:
+    """Looks at the version alone: importing Megatron-Core takes seconds."""
+    import torch
+
+    from pretrain.parallel.megatron_import import KNOWN_VERSIONS
+
+    status: Status
+    version, known = _version("megatron-core"), " or ".join(KNOWN_VERSIONS)
+    is_known = version in KNOWN_VERSIONS
+    if version is None:
+        status, detail = "missing", f"not installed; this release works with {known}"
+    elif is_known:
+        status, detail = "ok", version
+    else:
+        status, detail = (
+            "warn",
+            f"{version}, which this release does not know: it refuses engine=megatron; known: {known}",
+        )
+    yield Finding("Megatron", "megatron-core", status, detail, "engine=megatron (DeepSpeed needs none of it)")
+    needed_for = "engine=megatron with ranks on CPU"
+    if torch.cuda.is_available():
+        yield Finding("Megatron", "CPU adaptation", "ok", "not used: CUDA is here", needed_for)
+    elif is_known:
+        yield Finding("Megatron", "CPU adaptation", "ok", f"made for {version}", needed_for)
+    else:
+        yield Finding("Megatron", "CPU adaptation", "missing", f"needs megatron-core {known}", needed_for)
 
 
 def _kernels() -> Iterator[Finding]:

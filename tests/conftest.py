@@ -14,14 +14,14 @@ from support.worker_pool import WorkerPool
 
 
 @pytest.fixture(scope="session")
-def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
-    """Pools of gloo processes by size, started on first use and shared by the whole session."""
-    pools: dict[int, WorkerPool] = {}
+def worker_pools() -> Iterator[Callable[..., WorkerPool]]:
+    """Pools of gloo processes by size and kind, started on first use and shared by the whole session."""
+    pools: dict[tuple[int, str], WorkerPool] = {}
 
-    def get(size: int) -> WorkerPool:
-        if size not in pools or not pools[size].alive:
-            pools[size] = WorkerPool(size)
-        return pools[size]
+    def get(size: int, kind: str = "") -> WorkerPool:
+        if (size, kind) not in pools or not pools[size, kind].alive:
+            pools[size, kind] = WorkerPool(size)
+        return pools[size, kind]
 
     yield get
     for pool in pools.values():

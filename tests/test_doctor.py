@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import http.server
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -25,7 +27,17 @@ def _get(findings: list[doctor.Finding], item: str) -> doctor.Finding:
 
 def test_every_area_is_covered(findings: list[doctor.Finding]) -> None:
     items = {finding.item for finding in findings}
-    assert {"Python", "CPU cores", "memory", "torch", "gloo", "NCCL", "deepspeed", "megatron-core"} <= items
+    assert {
+        "Python",
+        "CPU cores",
+        "memory",
+        "torch",
+        "gloo",
+        "NCCL",
+        "deepspeed",
+        "megatron-core",
+        "CPU adaptation",
+    } <= items
     assert {"mamba-ssm", "causal-conv1d", "flash-attn", "flash-linear-attention"} <= items
     assert {"sbatch", "srun", "scontrol", "MLflow store", "disk", "/dev/shm"} <= items
     assert "probe" not in items  # no probe failed
@@ -44,6 +56,43 @@ def test_a_missing_requirement_fails_the_verdict(findings: list[doctor.Finding])
     optional = doctor.Finding("Slurm", "srun", "missing", "not on PATH", "clusters")
     assert doctor.can_train([*findings, optional])
     assert not doctor.can_train([*findings, missing])
+
+
+@pytest.mark.parametrize(
+    ("version", "has_cuda", "package", "on_cpu"),
+    [
+        ("0.16.1", False, ("ok", "0.16.1"), ("ok", "made for 0.16.1")),
+        ("0.16.1", True, ("ok", "0.16.1"), ("ok", "not used")),
+        ("0.99.0", False, ("warn", "0.99.0, which this release does not know"), ("missing", "0.16.1")),
+        (None, False, ("missing", "not installed"), ("missing", "0.16.1")),
+    ],
+)
+def test_megatrons_version_decides_whether_its_engine_can_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    has_cuda: bool,
+    package: tuple[str, str],
+    on_cpu: tuple[str, str],
+) -> None:
+    import torch
+
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    found = list(doctor._megatron())
+    assert [finding.item for finding in found] == ["megatron-core", "CPU adaptation"]
+    for finding, (status, detail) in zip(found, (package, on_cpu), strict=True):
+        assert finding.status == status
+        assert detail in finding.detail
+        assert not finding.required  # DeepSpeed trains without it
+
+
+def test_the_report_imports_no_engine() -> None:
+    code = (
+        "import sys, pathlib, pretrain.doctor as d; d.report(pathlib.Path('.'));"
+        "print([m for m in ('deepspeed', 'megatron.core') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_slurm_is_found_by_its_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

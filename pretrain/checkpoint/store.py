@@ -2,11 +2,14 @@
 
 A checkpoint is written under a temporary name and renamed when it is complete, so a folder under its final name was
 once whole; ``latest`` is a text file replaced atomically. A crash during a save leaves only a temporary folder, which
-is never chosen and is swept by the next writer.
+is never chosen and is swept by the next writer. ``scores.json`` holds validation losses by step: a step is validated
+after it is saved, so its checkpoint cannot hold its own.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,10 +20,17 @@ from pretrain.config.files import atomic_write_text, fsync_directory
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp_"
 LATEST = "latest"
+SCORES = "scores.json"
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Step of a checkpoint's final name; None for another name."""
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
 
 
 class CheckpointStore:
@@ -33,8 +43,8 @@ class CheckpointStore:
         """Steps of all checkpoints under a final name, ascending."""
         if not self.root.is_dir():
             return []
-        found = (_NAME.fullmatch(entry.name) for entry in self.root.iterdir() if entry.is_dir())
-        return sorted(int(match.group(1)) for match in found if match)
+        found = (checkpoint_step(entry.name) for entry in self.root.iterdir() if entry.is_dir())
+        return sorted(step for step in found if step is not None)
 
     def path(self, step: int) -> Path:
         return self.root / checkpoint_name(step)
@@ -83,11 +93,54 @@ class CheckpointStore:
             for path in later:
                 path.rename(folder / path.name)
             fsync_directory(self.root)
+        scores = self.scores()
+        if any(step > after for step in scores):
+            self._write_scores({step: score for step, score in scores.items() if step <= after})
         return [path.name for path in later]
 
-    def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest ``keep`` checkpoints (0 keeps all); returns the removed steps."""
-        removed = self.steps()[:-keep] if keep > 0 else []
+    def scores(self) -> dict[int, float]:
+        """Validation losses by step.
+
+        Raises:
+            CheckpointError: the file that holds them is damaged.
+        """
+        path = self.root / SCORES
+        try:
+            return {int(step): float(loss) for step, loss in json.loads(path.read_text()).items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); remove it: then train.keep_best starts anew"
+            ) from error
+
+    def record_score(self, step: int, loss: float) -> None:
+        """Remember the validation loss of ``step`` for :meth:`prune`. Call only as the one writer."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._write_scores(self.scores() | {step: loss})
+
+    def _write_scores(self, scores: dict[int, float]) -> None:
+        atomic_write_text(self.root / SCORES, json.dumps({str(step): scores[step] for step in sorted(scores)}) + "\n")
+
+    def prune(self, newest: int, *, every: int = 0, best: int = 0) -> list[int]:
+        """Remove checkpoints that no policy keeps; returns the removed steps. Call only as the one writer.
+
+        Kept are the ``newest`` (0: all), those of steps that ``every`` divides (0: none), the ``best`` with the lowest
+        finite validation loss of exactly their step, and always the one that ``latest`` names.
+        """
+        steps = self.steps()
+        if newest <= 0 or not steps:
+            return []
+        scores = self.scores() if best else {}
+        ranked = sorted((scores[step], step) for step in steps if math.isfinite(scores.get(step, math.nan)))
+        latest = self.latest()
+        kept = {
+            *steps[-newest:],
+            *(step for step in steps if every and step % every == 0),
+            *(step for _, step in ranked[:best]),
+            *(step for step in steps if self.path(step) == latest),
+        }
+        removed = [step for step in steps if step not in kept]
         for step in removed:
             # Renamed first: a half-removed folder must not stand under a final name.
             doomed = self.root / f"{_TEMPORARY}pruned_{checkpoint_name(step)}"
@@ -132,6 +185,9 @@ def verify(folder: Path, files: list[str] | None = None) -> Manifest:
     """
     manifest = Manifest.load(folder)
     faults = []
+    named = checkpoint_step(folder.resolve().name)
+    if named not in (None, manifest.step):
+        faults.append(f"manifest.json is of step {manifest.step}, in a folder of step {named}")
     for name in files if files is not None else sorted(manifest.files):
         expected, path = manifest.files[name], folder / name
         if not path.is_file():

@@ -1,88 +1,173 @@
-"""Writing canonical checkpoints: every rank streams its own fragments, rank 0 commits."""
+"""Saving canonical checkpoints: every rank writes its own fragments, rank 0 commits when all are done.
+
+A save is synchronous (:meth:`Save.write`: fragments are streamed while training waits) or asynchronous
+(:meth:`Save.start`: training waits for a copy in host memory only; :meth:`Save.finish` publishes). Either way the files
+lie under a temporary name until all of them are complete on all ranks.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import copy
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-import xxhash
+from typing import Any
 
 from pretrain.checkpoint.fragment import Fragment
-from pretrain.checkpoint.manifest import (
-    MANIFEST_NAME,
-    CheckpointSaveError,
-    FragmentEntry,
-    Manifest,
-    TensorEntry,
-    tensor_key,
-)
+from pretrain.checkpoint.manifest import MANIFEST_NAME, CheckpointSaveError, Manifest, TensorEntry
+from pretrain.checkpoint.rank_file import HostMemory, Piece, Snapshot, rank_file_name, write_rank_file
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.files import atomic_write_text
 
-# https://huggingface.co/docs/safetensors: names of dtypes in the header.
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint: its folder, bytes of all files, and seconds that the slowest rank took to write."""
+
+    step: int
+    path: Path
+    num_bytes: int
+    write_s: float
 
 
-def rank_file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
+@dataclass(frozen=True)
+class _Report:
+    """What one rank says of its file."""
+
+    num_bytes: int
+    xxh3: str
+    write_s: float
+    pieces: list[Piece]
 
 
-def write_rank_file(path: Path, fragments: Sequence[Fragment]) -> dict[str, Any]:
-    """Stream fragments into one safetensors file, one host copy at a time, and fsync it.
+class Save:
+    """One save of one step. All ranks make the same calls; either all return or all raise ``CheckpointSaveError``.
 
-    Written here rather than with ``safetensors.torch.save_file`` because that wants every tensor in host memory at
-    once. Returns ``{"bytes", "xxh3"}`` of the file.
+    ``gather(value)`` returns every rank's value on every rank; ``fence()`` raises when this attempt no longer holds
+    the run directory. A failed save leaves no final name behind; its error holds every rank's reason (disk full, lost
+    lease, ...).
     """
-    header: dict[str, Any] = {}
-    offset = 0
-    for fragment in fragments:
-        size = fragment.values.numel() * fragment.values.element_size()
-        key = f"{tensor_key(fragment.slot, fragment.name)}:{fragment.start}"
-        assert key not in header, f"fragment {key} exported twice by one rank"
-        header[key] = {
-            "dtype": DTYPE_NAMES[fragment.values.dtype],
-            "shape": [fragment.values.numel()],
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    state = xxhash.xxh3_128()
-    with path.open("wb") as stream:
-        _put(stream, state, len(text).to_bytes(8, "little") + text)
-        for fragment in fragments:
-            host = fragment.values.detach().to("cpu").contiguous().view(torch.uint8)
-            _put(stream, state, host.numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
-        size = stream.tell()
-    return {"bytes": size, "xxh3": state.hexdigest()}
 
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        step: int,
+        attempt: int,
+        rank: int,
+        gather: Callable[[Any], list[Any]],
+        fence: Callable[[], None],
+    ) -> None:
+        self.step = step
+        self._store = store
+        self._rank = rank
+        self._gather = gather
+        self._fence = fence
+        self._folder = store.temporary_path(step, attempt)
+        self._path = self._folder / rank_file_name(rank)
+        self._training: dict[str, Any] = {}
+        self._thread: threading.Thread | None = None
+        self._outcome: _Report | Exception | None = None
 
-def _put(stream: BinaryIO, state: Any, data: Any) -> None:
-    stream.write(data)
-    state.update(data)
+    def write(self, fragments: Iterable[Fragment], training: dict[str, Any]) -> Saved:
+        """Save while training waits, one fragment in host memory at a time."""
+        self._training = training
+
+        def write() -> _Report:
+            started = time.perf_counter()
+            facts, pieces = write_rank_file(self._path, fragments)
+            return _Report(facts["bytes"], facts["xxh3"], time.perf_counter() - started, pieces)
+
+        self._together(self._prepare if self._rank == 0 else None)
+        return self._publish(self._together(write))
+
+    def start(self, fragments: Iterable[Fragment], training: dict[str, Any], memory: HostMemory) -> None:
+        """Copy state to ``memory`` and write it in a background thread; ``memory`` is in use until :meth:`finish`."""
+        assert self._thread is None
+        self._training = copy.deepcopy(training)
+        snapshots = []
+
+        def prepare() -> None:
+            if self._rank == 0:
+                self._prepare()
+            snapshots.append(memory.take(fragments, self._path.name))
+
+        # No rank writes before the folder exists, and none goes on when another has no memory for its copy.
+        self._together(prepare)
+        self._thread = threading.Thread(
+            target=self._write_behind, args=(snapshots[0],), name=f"checkpoint-{self.step}", daemon=True
+        )
+        self._thread.start()
+
+    def ready(self) -> bool:
+        """Whether this rank's file is written, or its writing failed. Local."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def finish(self) -> Saved:
+        """Wait for all ranks' files and publish the checkpoint."""
+        assert self._thread is not None
+        self._thread.join()
+
+        def result() -> _Report:
+            if isinstance(self._outcome, Exception):
+                raise self._outcome
+            assert self._outcome is not None
+            return self._outcome
+
+        return self._publish(self._together(result))
+
+    def _write_behind(self, snapshot: Snapshot) -> None:
+        started = time.perf_counter()
+        try:
+            facts = snapshot.write(self._path)
+            self._outcome = _Report(facts["bytes"], facts["xxh3"], time.perf_counter() - started, snapshot.pieces)
+        except Exception as error:
+            self._outcome = error
+
+    def _prepare(self) -> None:
+        self._fence()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+
+    def _publish(self, reports: list[_Report]) -> Saved:
+        def commit() -> None:
+            manifest = _merge(reports, self.step, self._training)
+            atomic_write_text(self._folder / MANIFEST_NAME, manifest.to_json())
+            self._fence()
+            self._store.commit(self._folder, self.step)
+
+        self._together(commit if self._rank == 0 else None)
+        return Saved(
+            self.step,
+            self._store.path(self.step),
+            sum(report.num_bytes for report in reports),
+            max(report.write_s for report in reports),
+        )
+
+    def _together(self, action: Callable[[], Any] | None) -> list[Any]:
+        """Run ``action`` here, share results; raise the same error everywhere if any rank failed."""
+        result, failure, cause = None, None, None
+        try:
+            result = action() if action else None
+        except Exception as error:
+            failure, cause = f"{type(error).__name__}: {error}", error
+        outcomes = self._gather((result, failure))
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
+        if failures:
+            if self._rank == 0:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            raise CheckpointSaveError(
+                "The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures)
+            ) from cause
+        return [value for value, _ in outcomes]
 
 
 def save_checkpoint(
     store: CheckpointStore,
-    fragments: Sequence[Fragment],
+    fragments: Iterable[Fragment],
     training: dict[str, Any],
     *,
     step: int,
@@ -91,72 +176,28 @@ def save_checkpoint(
     gather: Callable[[Any], list[Any]],
     fence: Callable[[], None],
 ) -> Path:
-    """Save collectively: all ranks call this with their own fragments; returns the final folder.
-
-    ``gather(value)`` returns every rank's value on every rank; ``fence()`` raises when this attempt no longer holds
-    the run directory. Either every rank returns or every rank raises, and a failed save leaves no final name behind.
+    """Save synchronously and collectively; returns the final folder. See :class:`Save`.
 
     Raises:
-        CheckpointSaveError: with every rank's reason (disk full, lost lease, ...).
+        CheckpointSaveError: on every rank, with every rank's reason.
     """
-    temporary = store.temporary_path(step, attempt)
-
-    def prepare() -> None:
-        fence()
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write() -> dict[str, Any]:
-        facts = write_rank_file(temporary / rank_file_name(rank), fragments)
-        facts["fragments"] = [
-            (f.slot, f.name, list(f.shape), DTYPE_NAMES[f.values.dtype], f.start, f.start + f.values.numel())
-            for f in fragments
-        ]
-        return facts
-
-    def commit(reports: list[dict[str, Any]]) -> None:
-        manifest = _merge(reports, step, training)
-        atomic_write_text(temporary / MANIFEST_NAME, manifest.to_json())
-        fence()
-        store.commit(temporary, step)
-
-    try:
-        _together(gather, prepare if rank == 0 else None)
-        reports = _together(gather, write)
-        _together(gather, (lambda: commit(reports)) if rank == 0 else None)
-    except CheckpointSaveError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return store.path(step)
+    save = Save(store, step=step, attempt=attempt, rank=rank, gather=gather, fence=fence)
+    return save.write(fragments, training).path
 
 
-def _together(gather: Callable[[Any], list[Any]], action: Callable[[], Any] | None) -> list[Any]:
-    """Run ``action`` here, share results; raise the same error everywhere if any rank failed."""
-    result, failure, cause = None, None, None
-    try:
-        result = action() if action else None
-    except Exception as error:
-        failure, cause = f"{type(error).__name__}: {error}", error
-    outcomes = gather((result, failure))
-    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    if failures:
-        raise CheckpointSaveError(
-            "The checkpoint was not saved; earlier checkpoints are untouched. " + "; ".join(failures)
-        ) from cause
-    return [value for value, _ in outcomes]
-
-
-def _merge(reports: list[dict[str, Any]], step: int, training: dict[str, Any]) -> Manifest:
+def _merge(reports: list[_Report], step: int, training: dict[str, Any]) -> Manifest:
     tensors: dict[str, TensorEntry] = {}
     files = {}
     for rank, report in enumerate(reports):
-        file = rank_file_name(rank)
-        files[file] = {"bytes": report["bytes"], "xxh3": report["xxh3"]}
-        for slot, name, shape, dtype, start, stop in report["fragments"]:
-            entry = tensors.setdefault(tensor_key(slot, name), TensorEntry(tuple(shape), dtype))
-            assert (entry.shape, entry.dtype) == (tuple(shape), dtype), f"{name}: ranks disagree on shape or dtype"
-            entry.fragments.append(FragmentEntry(file, start, stop))
+        files[rank_file_name(rank)] = {"bytes": report.num_bytes, "xxh3": report.xxh3}
+        for piece in report.pieces:
+            entry = tensors.setdefault(piece.tensor, TensorEntry(piece.shape, piece.dtype))
+            if (entry.shape, entry.dtype) != (piece.shape, piece.dtype):
+                raise CheckpointSaveError(
+                    f"{piece.tensor}: rank {rank} has {piece.dtype} {list(piece.shape)}, "
+                    f"another rank {entry.dtype} {list(entry.shape)}"
+                )
+            entry.fragments.append(piece.entry)
     for key, entry in tensors.items():
         entry.check_coverage(key)
     return Manifest(step=step, tensors=tensors, files=files, training=training)

@@ -15,7 +15,15 @@ from pretrain.config.components import (
 )
 from pretrain.config.rules import run_rules
 from pretrain.config.schema import Config
-from pretrain.config.typecheck import MISSING_VALUE, UNSOUND, Report, check_value, dataclass_specs, join
+from pretrain.config.typecheck import (
+    MISSING_VALUE,
+    UNSOUND,
+    Report,
+    check_value,
+    dataclass_specs,
+    join,
+    tagged_members,
+)
 from pretrain.config.violation import InvalidConfigError, Violation, did_you_mean
 
 
@@ -70,14 +78,19 @@ def complete_tree(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
 
 def schema_leaves(cls: type = Config, path: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(dotted path, annotation, metadata) of every leaf field of the schema, components left out."""
+    """(dotted path, annotation, metadata) of every leaf field of the schema, components left out.
+
+    Where a node may be one of several classes, the leaves of each; what they share comes once for each.
+    """
     metadata = {f.name: f.metadata for f in dataclasses.fields(cls)}
     for spec in dataclass_specs(cls):
         where = join(path, spec.name)
         if where in COMPONENT_FIELDS:
             continue
-        if isinstance(spec.annotation, type) and dataclasses.is_dataclass(spec.annotation):
-            yield from schema_leaves(spec.annotation, where)
+        members = list((tagged_members(spec.annotation) or {"": spec.annotation}).values())
+        if all(isinstance(member, type) and dataclasses.is_dataclass(member) for member in members):
+            for member in members:
+                yield from schema_leaves(member, where)
         else:
             yield where, spec.annotation, metadata[spec.name]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pretrain.config.check import check, complete_tree
 from pretrain.config.components import COMPONENT_FIELDS, TARGET, add_import_paths, path_fields
 from pretrain.config.schema import Config
-from pretrain.config.typecheck import MISSING_VALUE
+from pretrain.config.typecheck import MISSING_VALUE, TAG, dataclass_specs, tagged_members
 from pretrain.config.violation import InvalidConfigError, Violation, did_you_mean
 
 if TYPE_CHECKING:
@@ -163,6 +163,16 @@ def group_options(group: str, config_dir: str | None = None) -> list[str]:
     return _options(group, _config_folders(config_dir))
 
 
+def shipped_option(group: str, option: str) -> dict[str, Any]:
+    """The values of a shipped file of a config group. Raises :class:`InvalidConfigError` for an unknown option."""
+    import yaml
+
+    options = group_options(group)
+    if option not in options:
+        raise InvalidConfigError([_unknown_option(group, option, option, options)])
+    return dict(yaml.safe_load((shipped_config_dir() / group / f"{option}.yaml").read_text()))
+
+
 def _config_folders(config_dir: str | None) -> list[Path]:
     shipped = shipped_config_dir()
     if config_dir is None:
@@ -205,7 +215,11 @@ def _choice_fault(override: Override, folders: list[Path]) -> Violation | None:
     wrong = [name for name in chosen if name is not None and name not in options and not override.is_delete()]
     if not wrong:
         return None
-    close = did_you_mean(str(wrong[0]), options)
+    return _unknown_option(group, choice, str(wrong[0]), options)
+
+
+def _unknown_option(group: str, choice: object, wrong: str, options: list[str]) -> Violation:
+    close = did_you_mean(wrong, options)
     hint = f"did you mean {group}={close}? " if close else ""
     return Violation(group, choice, f"an option of the config group {group!r}", f"{hint}options: {', '.join(options)}")
 
@@ -245,8 +259,8 @@ def _apply(override: Override, cfg: Any) -> Violation | None:
     try:
         if not override.is_delete():
             value = override.value()
-            # A value that names a class is a whole component: fields of the one it replaces would not fit it.
-            replaces = isinstance(value, dict) and TARGET in value
+            # Fields of what it replaces would not fit another component, nor another engine.
+            replaces = isinstance(value, dict) and (TARGET in value or _names_other_member(cfg, key, value))
             OmegaConf.update(cfg, key, value, merge=not replaces, force_add=True)
             return None
         parent_path, _, name = key.rpartition(".")
@@ -262,6 +276,14 @@ def _apply(override: Override, cfg: Any) -> Violation | None:
             f"a key that can be set; {_first_line(error)}",
             "set a field, with key.path=value",
         )
+
+
+def _names_other_member(cfg: Any, key: str, value: dict[Any, Any]) -> bool:
+    """Whether ``value`` at ``key`` chooses another class of the schema than the node there, by its tag."""
+    from omegaconf import OmegaConf
+
+    tagged = [spec.name for spec in dataclass_specs(Config) if tagged_members(spec.annotation)]
+    return key in tagged and TAG in value and OmegaConf.select(cfg, f"{key}.{TAG}") != value[TAG]
 
 
 def _mark_missing(cfg: Any, path: str) -> None:

@@ -24,7 +24,7 @@ from pretrain.config.components import (
     is_config_class,
     resolve_target,
 )
-from pretrain.config.compose import parse_override, resolve_paths
+from pretrain.config.compose import parse_override, resolve_paths, shipped_option
 from pretrain.config.typecheck import MISSING_VALUE
 from pretrain.config.violation import InvalidConfigError, Violation, did_you_mean
 
@@ -91,6 +91,8 @@ def extend(
 ) -> tuple[dict[str, Any], list[Difference]]:
     """The frozen tree with ``key=value`` overrides of extendable fields, and what they change.
 
+    A whole node whose fields are all extendable may be replaced, wherever the override stands: ``engine=megatron`` by
+    the shipped file of that group, ``engine={name: deepspeed, zero_stage: 3}`` by the given fields and defaults.
     The schedule's horizon stays unless it is overridden by name (``null`` sets it to the new
     ``train.steps``). An override that repeats the frozen value is no change and is accepted for any field.
     Relative paths start at ``cwd``. Raises :class:`InvalidConfigError` with every refused override and
@@ -98,24 +100,33 @@ def extend(
     """
     extendable = extendable_paths(frozen_tree)
     violations: list[Violation] = []
+    parsed: list[Override] = []
     tree = deepcopy(dict(frozen_tree))
     for text in overrides:
         try:
-            override = parse_override(text)
+            parsed.append(parse_override(text))
         except InvalidConfigError as error:
             violations.extend(error.violations)
-            continue
+    # Nodes before their fields, as in composition: engine.tensor_parallel=2 engine=megatron means what it says.
+    for override in sorted(parsed, key=lambda override: "." in override.key_or_group):
         if (refusal := _extend_one(tree, override, extendable)) is not None:
             violations.append(refusal)
     tree = frozen_for_new_run(resolve_paths(tree, cwd or os.getcwd()))
     config = check(tree, violations)
     tree = complete_tree(tree, config)
-    return tree, differences(frozen_tree, tree)
+    # A default that came into the schema after the run was frozen is written out, but it changes nothing.
+    named = tuple(f"{override.key_or_group}." for override in parsed)
+    changes = [
+        change
+        for change in differences(frozen_tree, tree)
+        if change.before is not ABSENT or f"{change.path}.".startswith(named)
+    ]
+    return tree, changes
 
 
 def extendable_paths(tree: Mapping[str, Any]) -> list[str]:
     """Paths of all fields that a continued run may change, those of the tree's component classes included."""
-    paths = [path for path, _, metadata in schema_leaves() if metadata.get("extendable")]
+    paths = list(dict.fromkeys(path for path, _, metadata in schema_leaves() if metadata.get("extendable")))
     add_import_paths(tree["run"]["import_paths"])
     for name in COMPONENT_FIELDS:
         cls = resolve_target(tree[name][TARGET], f"{name}.{TARGET}")
@@ -139,6 +150,8 @@ def _extend_one(tree: dict[str, Any], override: Override, extendable: list[str])
     for parent in parents:
         node = node.get(parent, {}) if isinstance(node, dict) else {}
     known = node.get(name, ABSENT) if isinstance(node, dict) else ABSENT
+    if key in _replaceable_nodes() and not override.is_delete() and override.package is None:
+        return _replace_node(tree, override)
     if override.is_delete() or override.package is not None or key not in extendable:
         if known is not ABSENT and not override.is_delete() and known == override.value():
             return None
@@ -151,9 +164,35 @@ def _extend_one(tree: dict[str, Any], override: Override, extendable: list[str])
         )
     value = override.value()
     if isinstance(value, str) and ("${" in value or value == MISSING_VALUE):
-        return Violation(key, value, "a plain value: a frozen configuration holds no interpolations", "write it out")
+        return _interpolation_fault(key, value)
     node[name] = value
     return None
+
+
+def _replaceable_nodes() -> set[str]:
+    """Nodes below the root of which every field is extendable, so that a continued run may have another one."""
+    nodes: dict[str, list[bool]] = {}
+    for path, _, metadata in schema_leaves():
+        nodes.setdefault(path.partition(".")[0], []).append(bool(metadata.get("extendable")))
+    return {node for node, fields in nodes.items() if all(fields)}
+
+
+def _replace_node(tree: dict[str, Any], override: Override) -> Violation | None:
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, dict):
+        if "${" in str(value):
+            return _interpolation_fault(key, value)
+    else:
+        try:
+            value = shipped_option(key, str(value))
+        except InvalidConfigError as error:
+            return error.violations[0]
+    tree[key] = value
+    return None
+
+
+def _interpolation_fault(key: str, value: object) -> Violation:
+    return Violation(key, value, "a plain value: a frozen configuration holds no interpolations", "write it out")
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

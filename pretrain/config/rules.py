@@ -1,4 +1,4 @@
-"""Rules of the run configuration: ranges of numbers, and rules that join fields of several nodes.
+"""Rules that join fields of several nodes, and the one place that runs all rules.
 
 A cross-field rule is a small function over the values at the paths it names; it runs when all of them
 passed their own checks, whatever else is wrong. Rules of one component alone belong to the ``violations``
@@ -7,84 +7,29 @@ of its config class.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pretrain.config.components import COMPONENT_FIELDS, component_attribute
+from pretrain.config.engine_rules import ENGINE_RULES, LAYOUT
+from pretrain.config.ranges import out_of_range
+from pretrain.config.schema import EngineConfig, TrainConfig
+from pretrain.config.typecheck import dataclass_specs, tagged_members
 from pretrain.config.violation import Violation
 
-
-@dataclass(frozen=True)
-class Range:
-    """An interval of finite numbers; ``None`` means unbounded on that side."""
-
-    low: float | None = None
-    high: float | None = None
-    is_low_open: bool = False
-    is_high_open: bool = False
-
-    def holds(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        above = self.low is None or (value > self.low if self.is_low_open else value >= self.low)
-        below = self.high is None or (value < self.high if self.is_high_open else value <= self.high)
-        return above and below
-
-    def __str__(self) -> str:
-        low = "" if self.low is None else f"{'greater than' if self.is_low_open else 'at least'} {self.low:g}"
-        high = "" if self.high is None else f"{'less than' if self.is_high_open else 'at most'} {self.high:g}"
-        return " and ".join(side for side in (low, high) if side)
-
-
-POSITIVE_COUNT: Final = Range(low=1)
-COUNT: Final = Range(low=0)
-POSITIVE: Final = Range(low=0, is_low_open=True)
-BETA: Final = Range(low=0, high=1, is_high_open=True)
-
-RANGES: Final[dict[str, Range]] = {
-    "run.seed": COUNT,
-    "train.steps": POSITIVE_COUNT,
-    "train.global_batch_size": POSITIVE_COUNT,
-    "train.micro_batch_size": POSITIVE_COUNT,
-    "train.clip_grad_norm": POSITIVE,
-    "train.log_interval": COUNT,
-    "train.eval_interval": COUNT,
-    "train.eval_samples": POSITIVE_COUNT,
-    "train.checkpoint_interval": COUNT,
-    "train.keep_checkpoints": POSITIVE_COUNT,
-    "train.sample_interval": COUNT,
-    "train.sample_tokens": POSITIVE_COUNT,
-    "optimizer.learning_rate": POSITIVE,
-    "optimizer.betas[0]": BETA,
-    "optimizer.betas[1]": BETA,
-    "optimizer.eps": POSITIVE,
-    "optimizer.weight_decay": COUNT,
-    "optimizer.schedule.warmup_steps": COUNT,
-    "optimizer.schedule.horizon": POSITIVE_COUNT,
-    "optimizer.schedule.final_ratio": Range(low=0, high=1),
-    "engine.reduce_bucket_size": POSITIVE_COUNT,
-    "engine.allgather_bucket_size": POSITIVE_COUNT,
-    "launcher.num_processes": POSITIVE_COUNT,
-    "launcher.threads_per_process": POSITIVE_COUNT,
-    "launcher.shutdown_grace_s": POSITIVE,
-    "tracking.flush_interval_s": POSITIVE,
-}
-"""Every number of the schema. ``engine.zero_stage`` has a rule of its own, which gives the reason."""
-
 Rule = Callable[..., Iterator[Violation]]
-CROSS_FIELD_RULES: list[tuple[tuple[str, ...], Rule]] = []
+CROSS_FIELD_RULES: list[tuple[tuple[str, ...], Rule]] = [*ENGINE_RULES]
 
 
 def run_rules(sound: Mapping[str, Any]) -> list[Violation]:
     """All violations among the sound values, which are keyed by path (component instances included)."""
-    violations = list(_out_of_range(sound))
+    violations = list(out_of_range(sound))
     usable = dict(sound)
     for violation in violations:
         usable.pop(violation.path, None)
+    usable.update(_for_engines(usable))
     for paths, rule in CROSS_FIELD_RULES:
         values = [_lookup(usable, path) for path in paths]
         if all(value is not _ABSENT for value in values):
@@ -95,8 +40,24 @@ def run_rules(sound: Mapping[str, Any]) -> list[Violation]:
 _ABSENT: Final = object()
 
 
+def _for_engines(sound: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What rules of engines take: the nodes ``train`` and ``engine``, unsound fields left at their defaults."""
+    engines = tagged_members(EngineConfig)
+    assert engines is not None
+    if (name := sound.get("engine.name")) not in engines:
+        return
+    for node, cls in (("train", TrainConfig), ("engine", engines[name])):
+        paths = {spec.name: f"{node}.{spec.name}" for spec in dataclass_specs(cls)}
+        yield node, cls(**{field: sound[path] for field, path in paths.items() if path in sound})
+    if not hasattr(engines[name], "tensor_parallel"):
+        yield from dict.fromkeys(LAYOUT, 1).items()
+
+
 def _lookup(sound: Mapping[str, Any], path: str) -> Any:
     """A sound value, or an attribute of a sound component, such as the vocabulary read from its data."""
+    if path.endswith("?"):
+        value = _lookup(sound, path.removesuffix("?"))
+        return None if value is _ABSENT else value
     if path in sound:
         return sound[path]
     node, _, name = path.partition(".")
@@ -109,33 +70,12 @@ def _lookup(sound: Mapping[str, Any], path: str) -> Any:
     return _ABSENT if value is None else value
 
 
-def _out_of_range(sound: Mapping[str, Any]) -> Iterator[Violation]:
-    for path, allowed in RANGES.items():
-        value = sound.get(path)
-        if value is not None and not allowed.holds(value):
-            yield Violation(path, value, f"must be {allowed}", f"give a number {allowed}")
-
-
 def _rule(*paths: str) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         CROSS_FIELD_RULES.append((paths, rule))
         return rule
 
     return register
-
-
-@_rule("train.global_batch_size", "train.micro_batch_size", "launcher.num_processes")
-def _global_batch_divides(global_batch: int, micro_batch: int, num_processes: int) -> Iterator[Violation]:
-    unit = micro_batch * num_processes
-    if global_batch % unit == 0:
-        return
-    nearest = [n for n in (global_batch // unit * unit, (global_batch // unit + 1) * unit) if n > 0]
-    yield Violation(
-        "train.global_batch_size",
-        global_batch,
-        f"a multiple of train.micro_batch_size x data-parallel size = {micro_batch} x {num_processes} = {unit}",
-        "nearest: " + " or ".join(f"train.global_batch_size={n}" for n in nearest),
-    )
 
 
 @_rule("data.vocab_size", "model.vocab_size")
@@ -173,26 +113,14 @@ def _warmup_within_horizon(warmup_steps: int, horizon: int | None, steps: int) -
         )
 
 
-@_rule("engine.zero_stage")
-def _zero_stage_is_supported(zero_stage: int) -> Iterator[Violation]:
-    if zero_stage not in (0, 1, 2):
+@_rule("train.keep_best", "train.eval_interval")
+def _best_is_validated(keep_best: int, eval_interval: int) -> Iterator[Violation]:
+    if keep_best > 0 and eval_interval == 0:
         yield Violation(
-            "engine.zero_stage",
-            zero_stage,
-            "0 (all replicated), 1 (optimizer state sharded) or 2 (gradients sharded too);"
-            " stage 3 shards the weights, which the canonical checkpoint does not read or write yet",
-            "engine.zero_stage=2",
-        )
-
-
-@_rule("engine.zero_stage", "train.precision")
-def _bf16_needs_sharding(zero_stage: int, precision: str) -> Iterator[Violation]:
-    if zero_stage == 0 and precision == "bf16":
-        yield Violation(
-            "engine.zero_stage",
-            zero_stage,
-            "at least 1 with train.precision=bf16: DeepSpeed accumulates no fp32 gradients at stage 0",
-            "engine.zero_stage=1 (works with one process too), or train.precision=fp32",
+            "train.keep_best",
+            keep_best,
+            "0 without validation: the best checkpoints are those with the lowest validation loss",
+            "train.eval_interval=100, say, or train.keep_best=0",
         )
 
 

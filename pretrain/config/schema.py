@@ -38,6 +38,11 @@ class TrainConfig:
 
     Validation uses ``eval_samples`` samples spread evenly over the split (None: all); the one after the last step uses
     the whole split when ``final_eval`` is set, which bits per byte need.
+
+    ``activation_checkpointing`` ``layers`` keeps only the inputs of layers and computes their inside again in the
+    backward pass. Of the checkpoints, the newest ``keep_checkpoints`` stay, those of steps that ``keep_every`` divides
+    (0: none), and the ``keep_best`` with the lowest validation loss. With ``async_checkpoints`` training goes on while
+    a background thread writes. ``trace`` records digests of samples, randomness and state at every step.
     """
 
     steps: int = field(default=100, metadata=EXTENDABLE)
@@ -51,6 +56,11 @@ class TrainConfig:
     final_eval: bool = field(default=True, metadata=EXTENDABLE)
     checkpoint_interval: int = field(default=50, metadata=EXTENDABLE)
     keep_checkpoints: int = field(default=3, metadata=EXTENDABLE)
+    keep_every: int = field(default=0, metadata=EXTENDABLE)
+    keep_best: int = field(default=0, metadata=EXTENDABLE)
+    async_checkpoints: bool = field(default=True, metadata=EXTENDABLE)
+    activation_checkpointing: Literal["none", "layers"] = field(default="none", metadata=EXTENDABLE)
+    trace: bool = field(default=False, metadata=EXTENDABLE)
     sample_interval: int = field(default=0, metadata=EXTENDABLE)
     sample_prompts: list[str] = field(default_factory=list, metadata=EXTENDABLE)
     sample_tokens: int = field(default=64, metadata=EXTENDABLE)
@@ -83,17 +93,60 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Engine choice. ``zero_stage`` 0 replicates optimizer state, 1 shards it, 2 also shards gradients.
+class DeepSpeedConfig:
+    """DeepSpeed: data parallel with ZeRO (arXiv 1910.02054).
 
-    Bucket sizes count elements.
+    ``zero_stage`` 0 replicates everything, 1 shards optimizer state, 2 also gradients, 3 also parameters.
+    ``offload_optimizer`` keeps FP32 masters and moments in host memory and steps there (stages 1 to 3);
+    ``offload_parameters`` keeps the parameter shards there too (stage 3). ``overlap_comm`` reduces gradients while the
+    backward pass goes on. Bucket sizes and the threshold count elements: gradients reduced at once, updated weights
+    gathered at once (stages 1 and 2), parameters gathered ahead of use, and the size up to which stage 3 leaves a
+    parameter unsharded. ``pass_through`` is merged into DeepSpeed's own JSON as it is, for experts; keys that this
+    platform sets itself are refused there.
     """
 
-    name: Literal["deepspeed"] = "deepspeed"
+    name: Literal["deepspeed"] = field(default="deepspeed", metadata=EXTENDABLE)
     zero_stage: int = field(default=1, metadata=EXTENDABLE)
+    offload_optimizer: bool = field(default=False, metadata=EXTENDABLE)
+    offload_parameters: bool = field(default=False, metadata=EXTENDABLE)
     reduce_bucket_size: int = field(default=50_000_000, metadata=EXTENDABLE)
     allgather_bucket_size: int = field(default=50_000_000, metadata=EXTENDABLE)
+    prefetch_bucket_size: int = field(default=50_000_000, metadata=EXTENDABLE)
+    persistence_threshold: int = field(default=100_000, metadata=EXTENDABLE)
     overlap_comm: bool = field(default=False, metadata=EXTENDABLE)
+    pass_through: dict[str, Any] = field(default_factory=dict, metadata=EXTENDABLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfig:
+    """Megatron-Core: tensor, sequence and pipeline parallel (arXiv 2104.04473, 2205.05198) with data parallel.
+
+    The world of ``launcher.num_processes`` ranks is ``tensor_parallel`` x ``pipeline_parallel`` x data parallel.
+    ``sequence_parallel`` also splits the activations between tensor-parallel regions along the sequence.
+    ``virtual_pipeline`` > 1 gives every pipeline rank that many chunks of layers (the interleaved schedule).
+    ``pipeline_split`` is the number of layers of each chunk in model order (None: balanced by cost).
+    ``distributed_optimizer`` shards optimizer state over data-parallel ranks; the overlap options hide its
+    communication behind computation; ``bucket_size`` counts elements of gradients communicated at once (None:
+    Megatron's choice). ``pass_through`` holds expert settings in the blocks ``transformer``, ``ddp`` and ``optimizer``,
+    fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig; fields that this platform
+    sets itself are refused there.
+    """
+
+    name: Literal["megatron"] = field(default="megatron", metadata=EXTENDABLE)
+    tensor_parallel: int = field(default=1, metadata=EXTENDABLE)
+    sequence_parallel: bool = field(default=False, metadata=EXTENDABLE)
+    pipeline_parallel: int = field(default=1, metadata=EXTENDABLE)
+    virtual_pipeline: int = field(default=1, metadata=EXTENDABLE)
+    pipeline_split: list[int] | None = field(default=None, metadata=EXTENDABLE)
+    distributed_optimizer: bool = field(default=True, metadata=EXTENDABLE)
+    overlap_grad_reduce: bool = field(default=False, metadata=EXTENDABLE)
+    overlap_param_gather: bool = field(default=False, metadata=EXTENDABLE)
+    bucket_size: int | None = field(default=None, metadata=EXTENDABLE)
+    pass_through: dict[str, Any] = field(default_factory=dict, metadata=EXTENDABLE)
+
+
+EngineConfig = DeepSpeedConfig | MegatronConfig
+"""One of the engines, told apart by ``name``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +181,6 @@ class Config:
     data: Any = None
     objective: Any = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=DeepSpeedConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

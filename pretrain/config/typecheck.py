@@ -21,6 +21,9 @@ from pretrain.config.violation import Violation, did_you_mean
 MISSING_VALUE: Final = "???"
 """What OmegaConf writes for a mandatory value that nobody gave."""
 
+TAG: Final = "name"
+"""The field by whose value the members of a union of dataclasses are told apart."""
+
 UNSOUND: Final = object()
 """Stands for a value that did not pass; nothing may be concluded from it."""
 
@@ -80,6 +83,22 @@ def signature_specs(target: Callable[..., Any]) -> tuple[list[FieldSpec], bool]:
     return specs, is_open
 
 
+def tagged_members(annotation: Any) -> dict[str, type] | None:
+    """The members of a union of dataclasses by their tag, in order; None for any other annotation.
+
+    Each member has a field ``name`` whose annotation is a ``Literal`` of one text.
+    """
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return None
+    members: dict[str, type] = {}
+    for member in typing.get_args(annotation):
+        tags = typing.get_args(_type_hints(member).get(TAG)) if dataclasses.is_dataclass(member) else ()
+        if len(tags) != 1 or not isinstance(tags[0], str):
+            return None
+        members[tags[0]] = member
+    return members
+
+
 def check_node(
     node: Mapping[Any, Any],
     specs: Sequence[FieldSpec],
@@ -88,18 +107,20 @@ def check_node(
     *,
     is_open: bool = False,
     suggest: Callable[[str], str | None] = lambda key: None,
+    owner: Callable[[str], str | None] = lambda key: None,
 ) -> dict[str, Any] | None:
     """Check the keys and values of ``node`` against ``specs``; the typed values, or None when any is faulty.
 
-    Defaults of keys that are absent are recorded as sound but not returned. ``suggest`` may name a better
-    place for an unknown key.
+    Defaults of keys that are absent are recorded as sound but not returned. For an unknown key, ``suggest``
+    may name a better place, and ``owner`` tell what else knows it and what to do.
     """
     names = [spec.name for spec in specs]
     before = len(report.violations)
     is_sound = True
     for key in node:
         if key not in names and not is_open:
-            _report_unknown_key(key, node[key], names, path, report, suggest)
+            fix = owner(str(key)) or _unknown_key_fix(str(key), names, path, suggest)
+            report.fault(join(path, str(key)), node[key], f"unknown key of {path or 'the configuration'}", fix)
     values: dict[str, Any] = {}
     for spec in specs:
         where = join(path, spec.name)
@@ -145,6 +166,8 @@ def record_sound(value: Any, path: str, report: Report) -> None:
 
 def describe_type(annotation: Any) -> str:
     """An annotation in words: ``a whole number or null``."""
+    if members := tagged_members(annotation):
+        return f"a mapping whose {TAG} is {' or '.join(members)}"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in _WORDS:
         return _WORDS[annotation]
@@ -180,6 +203,8 @@ def _check(value: Any, annotation: Any, path: str, report: Report, default: Any)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _check(value, args[0], path, report, default)
+    if members := tagged_members(annotation):
+        return _check_tagged(value, members, annotation, path, report, default)
     if origin in (typing.Union, types.UnionType):
         return _check_union(value, annotation, path, report, default)
     if origin is Literal:
@@ -210,8 +235,10 @@ def _check(value: Any, annotation: Any, path: str, report: Report, default: Any)
     return value
 
 
-def _check_dataclass(value: dict[Any, Any], cls: type, path: str, report: Report) -> Any:
-    values = check_node(value, dataclass_specs(cls), path, report)
+def _check_dataclass(
+    value: dict[Any, Any], cls: type, path: str, report: Report, owner: Callable[[str], str | None] = lambda key: None
+) -> Any:
+    values = check_node(value, dataclass_specs(cls), path, report, owner=owner)
     if values is None:
         return UNSOUND
     try:
@@ -219,6 +246,33 @@ def _check_dataclass(value: dict[Any, Any], cls: type, path: str, report: Report
     except (TypeError, ValueError) as error:
         report.fault(path, value, f"{cls.__name__} refuses these values: {error}", "change them as it says")
         return UNSOUND
+
+
+def _check_tagged(
+    value: Any, members: dict[str, type], annotation: Any, path: str, report: Report, default: Any
+) -> Any:
+    """Check against the member that the tag names; without a tag, against the first one."""
+    if not isinstance(value, dict):
+        return _wrong(value, annotation, path, report, default)
+    first = next(iter(members))
+    tag = value.get(TAG, first)
+    if _is_missing(tag):
+        # The member reports the tag itself; its other fields are judged as those of the first.
+        return _check_dataclass(value, members[first], path, report)
+    if not isinstance(tag, str) or tag not in members:
+        where = join(path, TAG)
+        close = did_you_mean(str(tag), members)
+        fix = f"did you mean {path}={close}?" if close else f"{path}={first}"
+        report.fault(where, tag, f"must be {' or '.join(members)}", fix)
+        return UNSOUND
+
+    def owner(key: str) -> str | None:
+        for other, member in members.items():
+            if key in (spec.name for spec in dataclass_specs(member)):
+                return f"{key} belongs to {path} {other}; remove it here, or choose {path}={other}"
+        return None
+
+    return _check_dataclass(value, members[tag], path, report, owner)
 
 
 def _check_union(value: Any, annotation: Any, path: str, report: Report, default: Any) -> Any:
@@ -292,18 +346,12 @@ def _type_fix(value: Any, annotation: Any, path: str, default: Any) -> str:
     return f"give {describe_type(annotation)}"
 
 
-def _report_unknown_key(
-    key: Any, value: Any, names: list[str], path: str, report: Report, suggest: Callable[[str], str | None]
-) -> None:
-    close = did_you_mean(str(key), names)
-    elsewhere = None if close is not None else suggest(str(key))
-    if close is not None:
-        fix = f"did you mean {join(path, close)}?"
-    elif elsewhere is not None:
-        fix = f"did you mean {elsewhere}?"
-    else:
-        fix = f"remove it; known keys here: {', '.join(names) or 'none'}"
-    report.fault(join(path, str(key)), value, f"unknown key of {path or 'the configuration'}", fix)
+def _unknown_key_fix(key: str, names: list[str], path: str, suggest: Callable[[str], str | None]) -> str:
+    if (close := did_you_mean(key, names)) is not None:
+        return f"did you mean {join(path, close)}?"
+    if (elsewhere := suggest(key)) is not None:
+        return f"did you mean {elsewhere}?"
+    return f"remove it; known keys here: {', '.join(names) or 'none'}"
 
 
 def _type_hints(target: Any) -> dict[str, Any]:

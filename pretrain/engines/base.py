@@ -33,14 +33,18 @@ class StepResult:
 class Engine(Protocol):
     """A model with its optimizer on some back end and layout.
 
-    ``module`` is the plain module for evaluation and generation. ``dp_rank`` and ``dp_size`` place this rank in the
-    data-parallel group.
+    ``module`` is the plain module for generation, or None where no rank holds the whole model. ``dp_rank`` and
+    ``dp_size`` place this rank in the data-parallel group. Ranks that share a data-parallel index work on the same
+    micro-batches; exactly one of them has ``is_data_leader`` set and answers for their sums. ``num_parameters`` counts
+    the whole model.
     """
 
-    module: nn.Module
+    module: nn.Module | None
     device: torch.device
     dp_rank: int
     dp_size: int
+    is_data_leader: bool
+    num_parameters: int
 
     def train_step(
         self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
@@ -48,12 +52,15 @@ class Engine(Protocol):
         """Forward and backward of this rank's micro-batches, one optimizer step.
 
         The gradient is that of (sum of losses over all ranks and micro-batches) / ``denominator``, the global number
-        of target tokens.
+        of target tokens. ``loss_sum`` and ``metrics`` of a rank that is no data leader are 0.
         """
         ...
 
     def eval_step(self, batch: Batch, loss: LossFunction) -> float:
-        """Loss sum (nats) of one batch on this rank, without gradients."""
+        """Loss sum (nats) of one batch, without gradients; 0 where the rank is no data leader.
+
+        Collective: every rank calls it equally often, with a batch of the same number of rows.
+        """
         ...
 
     def export_state(self) -> Iterator[Fragment]:

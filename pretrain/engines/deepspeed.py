@@ -1,4 +1,4 @@
-"""DeepSpeed engine: ZeRO stages 0 to 2 with torch's AdamW, on CUDA with NCCL or on CPU with gloo."""
+"""DeepSpeed engine: ZeRO stages 0 to 3 with torch's AdamW, on CUDA with NCCL or on CPU with gloo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, DeepSpeedConfig
 from pretrain.engines.base import Batch, LossFunction, StepResult
 from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
@@ -21,33 +21,38 @@ from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 
 
 class DeepSpeedEngine:
-    """See :class:`pretrain.engines.base.Engine`. Needs an initialised default process group."""
+    """See :class:`pretrain.engines.base.Engine`. Needs an initialised default process group.
+
+    ``model`` is whole on every rank's host until this constructor has cut it up (stage 3): host memory must hold it.
+    At stage 3 ``module`` is None.
+
+    Raises:
+        ValueError: the model cannot be trained with the engine's settings.
+    """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
-        scalars = [p.module_name for p in canonical_parameters(model) if p.tensor.ndim == 0]
-        if scalars:
-            raise ValueError(
-                f"model: parameters without a dimension, which DeepSpeed cannot flatten: {', '.join(scalars)}; "
-                "give them the shape [1]"
-            )
+        assert isinstance(config.engine, DeepSpeedConfig)
+        _prepare(model, config)
         deepspeed = import_deepspeed(device.type)
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
         self.device = device
+        self.is_data_leader = True
         self.dp_rank = torch.distributed.get_rank()
         self.dp_size = torch.distributed.get_world_size()
-        masters = _full_precision_copy(model) if config.train.precision == "bf16" else None
+        masters = _full_precision_values(model) if config.train.precision == "bf16" else None
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optimizer),
-            config=deepspeed_settings(config, self.dp_size),
+            config=deepspeed_settings(config),
             dist_init_required=False,
         )
-        self.module: nn.Module = self._engine.module
+        self._model: nn.Module = self._engine.module
         self._stage = config.engine.zero_stage
+        self.module = None if self._stage == 3 else self._model
         self._clip_norm = config.train.clip_grad_norm
-        self._state = DeepSpeedState(self._engine, config.engine.zero_stage, self.dp_rank)
+        self._state = DeepSpeedState(self._engine, self._stage, self.dp_rank)
         if masters is not None:
             self._state.set_masters(masters)
 
@@ -55,7 +60,7 @@ class DeepSpeedEngine:
         self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
     ) -> StepResult:
         engine = self._engine
-        engine.module.train()
+        self._model.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
         clock = _Clock(self.device)
@@ -80,7 +85,7 @@ class DeepSpeedEngine:
         if grad_norm is None:
             grad_norm = float(engine.get_global_grad_norm())
         # As in torch's DistributedDataParallel, running statistics are those of rank 0: one copy is the state.
-        for _, buffer in canonical_buffers(self.module):
+        for _, buffer in canonical_buffers(self._model):
             torch.distributed.broadcast(buffer, 0)
         clock.lap("optimizer")
         return StepResult(
@@ -92,13 +97,14 @@ class DeepSpeedEngine:
 
     def _clip(self) -> float:
         """Clip by the global norm at stage 0: gradients are whole on every rank and DeepSpeed keeps no norm there."""
-        trained = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        trained = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
         return float(nn.utils.clip_grad_norm_(trained, self._clip_norm or math.inf))
 
     @torch.no_grad()
     def eval_step(self, batch: Batch, loss: LossFunction) -> float:
-        self.module.eval()
-        return float(loss(self.module, batch).loss_sum)
+        self._model.eval()
+        # At stage 3 DeepSpeed's wrapper gathers the parameters of each layer for its forward pass.
+        return float(loss(self._engine if self._stage == 3 else self._model, batch).loss_sum)
 
     def export_state(self) -> Iterator[Fragment]:
         return self._state.export()
@@ -110,9 +116,27 @@ class DeepSpeedEngine:
         self._state.load(reader, reader.training["optimizer_scalars"])
 
 
-def _full_precision_copy(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Initial FP32 values by module name, taken before DeepSpeed rounds the parameters to bf16."""
-    return {p.module_name: p.tensor.detach().clone() for p in canonical_parameters(model) if p.tensor.requires_grad}
+def _prepare(model: nn.Module, config: Config) -> None:
+    """Refuse what DeepSpeed cannot train, and hand the model its options."""
+    scalars = [p.module_name for p in canonical_parameters(model) if p.tensor.ndim == 0]
+    if scalars:
+        raise ValueError(
+            f"model: parameters without a dimension, which DeepSpeed cannot flatten: {', '.join(scalars)}; "
+            "give them the shape [1]"
+        )
+    if config.train.activation_checkpointing == "layers":
+        if not hasattr(model, "activation_checkpointing"):
+            raise ValueError(
+                f"train.activation_checkpointing: found layers, but {type(model).__name__} has no attribute "
+                "activation_checkpointing by which it could be told to compute its layers again in the backward pass; "
+                "give it one that its forward pass honours, or set train.activation_checkpointing=none"
+            )
+        model.activation_checkpointing = True  # type: ignore[assignment]
+
+
+def _full_precision_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Initial FP32 values by module name; DeepSpeed rounds to bf16 into new memory, so this keeps the old one alive."""
+    return {p.module_name: p.tensor.detach() for p in canonical_parameters(model) if p.tensor.requires_grad}
 
 
 class _Clock:

@@ -23,6 +23,8 @@ def import_deepspeed(device_type: str) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # torch renamed the collectives that ZeRO calls in every step, and would say so as often.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device_type == "cpu":
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
     return deepspeed

@@ -1,7 +1,7 @@
 """Causal grouped-query attention over packed documents (Ainslie et al., arXiv 2305.13245).
 
 Shapes: L = sequence length, S = cached keys, B = batch, D = model width, H = query heads, J = key/value
-heads, P = head dim.
+heads, P = head dim. Heads are split over tensor-parallel ranks: inside a layer H and J count what this rank holds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
     Args:
         width: D.
-        num_heads, num_kv_heads: H and J; J divides H, and H/J query heads share a key/value head.
+        num_heads, num_kv_heads: H and J of the whole model; J divides H, and H/J query heads share a key/value head.
         head_dim: P.
         rope_theta: base of the rotary embedding, or None for no position embedding.
     """
@@ -61,8 +61,8 @@ class Attention(nn.Module):
         rope_theta: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
+        self.num_heads = layers.local(num_heads)
+        self.num_kv_heads = layers.local(num_kv_heads)
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         components = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
@@ -81,12 +81,11 @@ class Attention(nn.Module):
         """Attend.
 
         With a cache, the new positions are appended to it: either a whole prompt to an empty cache, or one
-            position at
-        a time.
+        position at a time.
         """
-        length, batch_size, _ = x_LBD.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv_LBHP = self.qkv(x_LBD).view(length, batch_size, heads + 2 * kv_heads, self.head_dim)
+        qkv_LBHP = self.qkv(x_LBD).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        length, batch_size = qkv_LBHP.shape[:2]
         if self.rope_theta is not None:
             qk_LBHP, v_LBJP = qkv_LBHP.split([heads + kv_heads, kv_heads], dim=2)
             qk_LBHP = apply_rotary(qk_LBHP, *layout.rotary_tables(self.head_dim, self.rope_theta))

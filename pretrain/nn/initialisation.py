@@ -1,7 +1,8 @@
 """Parameter initialisation that depends on nothing but (seed, canonical name).
 
-Every logical tensor is drawn on the CPU in fp32 from its own generator, then rounded to the parameter's
-dtype: the values are the same for any construction order, number of processes, layout, device or packing.
+Every logical tensor is drawn whole on the CPU in fp32 from its own generator; the shard that is stored here is kept
+and rounded to the parameter's dtype. So values are the same for any construction order, number of processes, layout,
+device or packing, at the price of one whole tensor in host memory at a time.
 """
 
 from __future__ import annotations
@@ -87,4 +88,6 @@ def initialise(module: nn.Module, initialisers: Mapping[str, Initialiser], seed:
         for part in parameter.parts:
             values = torch.empty(part.shape, dtype=torch.float32)
             initialisers[name](values, keyed_generator(seed, "initialisation", part.name))
-            parameter.view(part).copy_(values)
+            shard = part.shard
+            kept = values.view(shard.num_rows, shard.row_length)[:, shard.start : shard.stop]
+            parameter.view(part).copy_(kept.reshape(part.local_shape))

@@ -17,7 +17,7 @@ class SequenceLayout:
     """Documents and positions of a batch of packed sequences.
 
     Args:
-        length, batch_size: L and B of the hidden states x_LBD.
+        length, batch_size: L and B of the tokens (hidden states between layers may hold a share of L).
         device: where the hidden states live.
         segment_ids_LB: document of each token within its row; None when every row is one document. Padding
             has its own id (-1), so it forms a segment of its own and reaches no real token.

@@ -1,7 +1,8 @@
 """Mamba-2 mixer (Dao & Gu, arXiv 2405.21060).
 
 Shapes: L = sequence length, B = batch, D = model width, H = heads, P = head dim, G = groups, N = state size,
-K = conv kernel width, I = inner width (H * P), C = convolved channels (I + 2 * G * N).
+K = conv kernel width, I = inner width (H * P), C = convolved channels (I + 2 * G * N). Heads and groups are split over
+tensor-parallel ranks: inside a mixer H, G, I and C count what this rank holds.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ class Mamba2Cache:
 
 class ShortConv(nn.Module):
     """Depthwise causal convolution over time, parameters only: weight [C, K] and bias [C], packed by
-    component.
+    component (``components`` counts the channels of the whole model).
     """
 
-    def __init__(self, components: dict[str, int], kernel: int) -> None:
+    def __init__(self, layers: ParallelLayers, components: dict[str, int], kernel: int) -> None:
         super().__init__()
-        channels = sum(components.values())
-        self.weight = nn.Parameter(torch.empty(channels, kernel))
-        self.bias = exempt_from_weight_decay(nn.Parameter(torch.empty(channels)))
-        self.canonical_components = {"weight": dict(components), "bias": dict(components)}
+        local = {name: layers.local(channels) for name, channels in components.items()}
+        channels = sum(local.values())
+        self.weight = layers.own(nn.Parameter(torch.empty(channels, kernel)))
+        self.bias = layers.own(exempt_from_weight_decay(nn.Parameter(torch.empty(channels))))
+        self.canonical_components = {"weight": dict(local), "bias": dict(local)}
 
 
 class Mamba2Mixer(nn.Module):
@@ -60,8 +62,8 @@ class Mamba2Mixer(nn.Module):
 
     Args:
         width: D.
-        inner: I.
-        head_dim, state_dim, num_groups, conv_kernel: P, N, G, K.
+        inner: I of the whole model.
+        head_dim, state_dim, num_groups, conv_kernel: P, N, G of the whole model, K.
         chunk_size: tokens of a chunk of the SSD algorithm.
         norm_eps: of the gated RMSNorm.
     """
@@ -80,20 +82,21 @@ class Mamba2Mixer(nn.Module):
         norm_eps: float,
     ) -> None:
         super().__init__()
-        self.inner = inner
-        self.num_heads = inner // head_dim
+        num_heads = inner // head_dim
+        self.inner = layers.local(inner)
+        self.num_heads = layers.local(num_heads)
         self.head_dim = head_dim
         self.state_dim = state_dim
-        self.num_groups = num_groups
+        self.num_groups = layers.local(num_groups)
         self.conv_kernel = conv_kernel
         self.chunk_size = chunk_size
         convolved = {"x": inner, "B": num_groups * state_dim, "C": num_groups * state_dim}
-        self.in_proj = layers.fused_column(width, {"z": inner, **convolved, "dt": self.num_heads})
-        self.conv = ShortConv(convolved, conv_kernel)
-        self.A_log = exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))
-        self.D = exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))
-        self.dt_bias = exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))
-        self.norm = RMSNormGated(inner, num_groups, norm_eps)
+        self.in_proj = layers.fused_column(width, {"z": inner, **convolved, "dt": num_heads})
+        self.conv = ShortConv(layers, convolved, conv_kernel)
+        self.A_log, self.D, self.dt_bias = (
+            layers.own(exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))) for _ in range(3)
+        )
+        self.norm = RMSNormGated(layers, inner, num_groups, norm_eps)
         self.out_proj = layers.row(inner, width)
 
     def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:

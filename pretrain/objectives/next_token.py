@@ -33,7 +33,8 @@ class NextTokenObjective:
         """Loss of one micro-batch.
 
         Args:
-            model: called as ``model(tokens_LB, segment_ids_LB, position_ids_LB)``, returns logits_LBV.
+            model: called as ``model(tokens_LB, segment_ids_LB, position_ids_LB)``, returns logits_LBV; those of a
+                part of the vocabulary if its attribute ``vocabulary`` names one.
             batch: ``tokens``, ``targets``, ``loss_mask`` [B, L]; ``segment_ids`` and ``position_ids`` [B, L],
                 as in :meth:`pretrain.models.hybrid.model.HybridLM.forward`.
 
@@ -51,7 +52,7 @@ class NextTokenObjective:
         )
         mask_R = batch["loss_mask"].t().flatten()
         targets_R = targets_LB.flatten().masked_fill(~mask_R, 0)
-        loss_R, log_z_R = cross_entropy_rows(logits_LBV.flatten(0, 1), targets_R)
+        loss_R, log_z_R = cross_entropy_rows(logits_LBV.flatten(0, 1), targets_R, getattr(model, "vocabulary", None))
         cross_entropy = loss_R.masked_fill(~mask_R, 0.0).sum()
         if self.z_loss == 0 or not torch.is_grad_enabled():
             return LossOutput(cross_entropy)

@@ -9,6 +9,11 @@ from pretrain.config.schema import OptimizerConfig
 from pretrain.parallel.canonical import canonical_parameters
 
 
+def is_exempt(parameter: torch.Tensor) -> bool:
+    """Whether weight decay leaves the parameter alone: marked so, or fewer than two dimensions."""
+    return getattr(parameter, "no_weight_decay", False) or parameter.ndim < 2
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: decayed, and exempt (``param.no_weight_decay``, or fewer than two dimensions)."""
     decayed: list[nn.Parameter] = []
@@ -17,7 +22,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         tensor = parameter.tensor
         if not tensor.requires_grad:
             continue
-        (exempt if getattr(tensor, "no_weight_decay", False) or tensor.ndim < 2 else decayed).append(tensor)
+        (exempt if is_exempt(tensor) else decayed).append(tensor)
     groups: list[dict[str, object]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": exempt, "weight_decay": 0.0},

@@ -4,6 +4,10 @@ A module that stacks several logical tensors along dim 0 of one parameter declar
 ``{local parameter name: {component: rows}}``. Canonical state names each component by itself
 (``layers.3.mixer.in_proj.z.weight``), so a checkpoint does not depend on how a layout packs or shards projections.
 Because components are stacked along dim 0, each one is a contiguous flat range of the packed parameter.
+
+A parameter that holds one tensor-parallel rank's share says so with :func:`mark_split`. Its parts then carry the shape
+of the whole logical tensor and the shard of it that is stored here; a packed parameter is split component by component,
+so that every rank holds its share of each.
 """
 
 from __future__ import annotations
@@ -14,15 +18,31 @@ from math import prod
 
 from torch import Tensor, nn
 
+from pretrain.parallel.shard import Shard
+
+
+@dataclass(frozen=True)
+class Split:
+    """Part ``rank`` of ``size`` equal parts along ``dim``."""
+
+    dim: int
+    rank: int
+    size: int
+
 
 @dataclass(frozen=True)
 class Part:
-    """One logical tensor inside a parameter: flat elements ``[start, stop)`` of it, row-major."""
+    """One logical tensor inside a parameter: flat elements ``[start, stop)`` of it, row-major.
+
+    ``shape`` is that of the whole logical tensor, of which ``shard`` lies here.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    shard: Shard
+    local_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,26 +54,41 @@ class CanonicalParameter:
     parts: tuple[Part, ...]
 
     def view(self, part: Part) -> Tensor:
-        """The logical tensor ``part`` inside the stored parameter."""
-        return self.tensor.data.view(-1)[part.start : part.stop].view(part.shape)
+        """What the stored parameter holds of the logical tensor ``part``, in its local shape."""
+        return self.tensor.data.view(-1)[part.start : part.stop].view(part.local_shape)
 
 
-def _parts(module: nn.Module, prefix: str, local_name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+def mark_split(parameter: nn.Parameter, split: Split) -> nn.Parameter:
+    """Declare that ``parameter`` holds one share of each of its logical tensors; returns it."""
+    parameter.canonical_split = split  # type: ignore[attr-defined]
+    return parameter
+
+
+def _part(name: str, local_shape: tuple[int, ...], start: int, split: Split | None) -> Part:
+    stop = start + prod(local_shape)
+    if split is None or split.size == 1:
+        return Part(name, local_shape, start, stop, Shard.whole(local_shape), local_shape)
+    shape = tuple(n * split.size if d == split.dim else n for d, n in enumerate(local_shape))
+    return Part(name, shape, start, stop, Shard.split(shape, split.dim, split.rank, split.size), local_shape)
+
+
+def _parts(module: nn.Module, prefix: str, local_name: str, parameter: nn.Parameter) -> tuple[Part, ...]:
     components = getattr(module, "canonical_components", {}).get(local_name)
+    split = getattr(parameter, "canonical_split", None)
+    # DeepSpeed's stage 3 leaves an empty tensor in place of a parameter and keeps its shape aside.
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     dotted = f"{prefix}." if prefix else ""
     if not components:
-        return (Part(dotted + local_name, shape, 0, prod(shape)),)
+        return (_part(dotted + local_name, shape, 0, split),)
     if (rows := sum(components.values())) != shape[0]:
         raise ValueError(
             f"{dotted}{local_name}: canonical_components {dict(components)} sum to {rows} rows, expected {shape[0]}; "
             "list every packed component with its number of rows"
         )
-    row_numel = prod(shape[1:])
-    parts, start = [], 0
+    parts: list[Part] = []
     for component, num_rows in components.items():
-        stop = start + num_rows * row_numel
-        parts.append(Part(f"{dotted}{component}.{local_name}", (num_rows, *shape[1:]), start, stop))
-        start = stop
+        start = parts[-1].stop if parts else 0
+        parts.append(_part(f"{dotted}{component}.{local_name}", (num_rows, *shape[1:]), start, split))
     return tuple(parts)
 
 
@@ -76,7 +111,7 @@ def canonical_parameters(model: nn.Module) -> Iterator[CanonicalParameter]:
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{local_name}" if prefix else local_name
-            yield CanonicalParameter(name, parameter, _parts(module, prefix, local_name, tuple(parameter.shape)))
+            yield CanonicalParameter(name, parameter, _parts(module, prefix, local_name, parameter))
 
 
 def canonical_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,13 @@
 
 A mixer asks its ``ParallelLayers`` for a column-parallel projection (output features split), a row-parallel
 one (input features split, outputs summed) or a fused column-parallel one (several logical projections stored
-in one matrix). :class:`TorchLayers` answers with plain ``torch.nn`` modules, that is, one device or data
-parallelism only.
+in one matrix), and for its local share of a count of heads or groups. :class:`TorchLayers` answers with plain
+``torch.nn`` modules and no split; :class:`pretrain.parallel.megatron_layers.MegatronLayers` with Megatron-Core's
+layers, split over tensor-parallel ranks.
+
+With sequence parallelism the residual stream and the norms hold an equal share of the sequence (dim 0) on each
+tensor-parallel rank: embeddings and row layers scatter the sequence, column layers and heads gather it. What lies
+between a column and a row layer sees whole sequences and a share of the features.
 
 A packed parameter declares its components, see :mod:`pretrain.parallel.canonical`.
 """
@@ -13,26 +18,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from pretrain.parallel.vocabulary import VocabularyShard
 
 
 class ParallelLayers(Protocol):
-    """Builder of the layers that a parallel layout may split. Sizes count features of the whole model."""
+    """Builder of the layers that a parallel layout may split. Sizes count features of the whole model.
+
+    ``tensor_rank`` of ``tensor_size`` is this process's share of every split layer; ``sequence_parallel`` tells
+    whether hidden states between layers hold a share of the sequence.
+    """
+
+    tensor_rank: int
+    tensor_size: int
+    sequence_parallel: bool
+
+    def local(self, count: int) -> int:
+        """This rank's share of ``count`` heads, groups or features; ``tensor_size`` divides ``count``."""
+        ...
 
     def column(self, d_in: int, d_out: int, bias: bool = False) -> nn.Module:
-        """Linear [..., d_in] -> [..., d_out], output features split."""
+        """Linear [..., d_in] -> [..., local d_out], output features split."""
         ...
 
     def row(self, d_in: int, d_out: int, bias: bool = False) -> nn.Module:
-        """Linear [..., d_in] -> [..., d_out], input features split."""
+        """Linear [..., local d_in] -> [..., d_out], input features split."""
         ...
 
     def fused_column(self, d_in: int, components: Mapping[str, int], bias: bool = False) -> nn.Module:
-        """Several column-parallel linears in one matrix; the outputs are concatenated in the order given."""
+        """Several column-parallel linears in one matrix; the (local) outputs are concatenated in the order given."""
         ...
 
-    def embedding(self, vocab_size: int, width: int) -> nn.Embedding:
-        """Lookup table: int [...] -> [..., width]."""
+    def embedding(self, vocab_size: int, width: int) -> nn.Module:
+        """Lookup table: int [L, B] -> [L, B, width]; rows split."""
+        ...
+
+    def head(self, width: int, vocab_size: int) -> nn.Module:
+        """Untied output projection [L, B, width] -> [L, B, local vocab_size]."""
+        ...
+
+    def tied_logits(self, x_LBD: Tensor, embedding_weight: Tensor) -> Tensor:
+        """Output projection with the (local) matrix of an :meth:`embedding`."""
+        ...
+
+    def own(self, parameter: nn.Parameter, dim: int = 0) -> nn.Parameter:
+        """Mark a parameter made with local sizes as this rank's share along ``dim``; returns it."""
+        ...
+
+    def replicated(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Mark a whole parameter that works on hidden states between layers (a norm's weight); returns it."""
+        ...
+
+    def vocabulary(self, vocab_size: int) -> VocabularyShard | None:
+        """The part of the vocabulary whose logits this rank computes; None: all of it."""
         ...
 
 
@@ -48,6 +88,13 @@ class FusedLinear(nn.Linear):
 class TorchLayers:
     """Unsplit layers: plain ``torch.nn`` modules."""
 
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    sequence_parallel: bool = False
+
+    def local(self, count: int) -> int:
+        return count
+
     def column(self, d_in: int, d_out: int, bias: bool = False) -> nn.Linear:
         return _exempt_bias(nn.Linear(d_in, d_out, bias=bias))
 
@@ -61,6 +108,21 @@ class TorchLayers:
 
     def embedding(self, vocab_size: int, width: int) -> nn.Embedding:
         return nn.Embedding(vocab_size, width)
+
+    def head(self, width: int, vocab_size: int) -> nn.Linear:
+        return nn.Linear(width, vocab_size, bias=False)
+
+    def tied_logits(self, x_LBD: Tensor, embedding_weight: Tensor) -> Tensor:
+        return F.linear(x_LBD, embedding_weight)
+
+    def own(self, parameter: nn.Parameter, dim: int = 0) -> nn.Parameter:
+        return parameter
+
+    def replicated(self, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter
+
+    def vocabulary(self, vocab_size: int) -> None:
+        return None
 
 
 def exempt_from_weight_decay(parameter: nn.Parameter) -> nn.Parameter:

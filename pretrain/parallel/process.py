@@ -126,9 +126,14 @@ def join_process_group(
     )
 
 
+def world_size() -> int:
+    """Number of ranks in the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def all_reduce_floats(values: list[float]) -> list[float]:
     """Sum host numbers over all ranks in float64, on the host back end; returns the sums in the same order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
@@ -137,8 +142,8 @@ def all_reduce_floats(values: list[float]) -> list[float]:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value (picklable), in rank order, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values

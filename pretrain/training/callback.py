@@ -20,6 +20,22 @@ class Callback:
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After every optimizer step."""
 
+    def background_done(self) -> bool:
+        """Whether work that this rank does in the background is finished; asked at every step boundary."""
+        return False
+
+    def on_background_done(self, trainer: Trainer) -> None:
+        """All ranks' background work is finished: called on every rank, before :meth:`after_step`.
+
+        The ranks agree by a number that travels with the loop's own sum, so waiting costs no communication.
+        """
+
+    def after_validation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After every validation that ran to its end."""
+
+    def on_common_failure(self, trainer: Trainer) -> None:
+        """Training ends by a failure that every rank meets at the same step (a loss that is not finite)."""
+
     def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
         """After the last step, or at a stop request; returns whether a stop request cut this callback's work short."""
         return False

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from pretrain.checkpoint.rank_file import HostMemory
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.checkpoint.writer import Save, Saved
 from pretrain.parallel.process import gather_objects
 from pretrain.training.callback import Callback
 from pretrain.training.evaluate import evaluate
@@ -90,11 +91,18 @@ class EvaluationCallback(Callback):
         if metrics is not None:
             seconds = round(time.perf_counter() - started, 3)
             self._log.write("eval", step=step, metrics=metrics, seconds=seconds)
+            for callback in trainer.callbacks:
+                callback.after_validation(trainer, metrics)
         return metrics is not None
 
 
 class CheckpointCallback(Callback):
-    """Saves every ``checkpoint_interval`` steps, at the end and at a stop request; prunes old checkpoints."""
+    """Saves every ``checkpoint_interval`` steps, at the end and at a stop request; prunes old checkpoints.
+
+    With ``async_checkpoints`` training goes on once the state is copied; the checkpoint is published at the first step
+    boundary at which all ranks have written. One save is under way at a time. The last one is synchronous: nothing
+    would overlap with it.
+    """
 
     name = "checkpoint"
 
@@ -115,24 +123,49 @@ class CheckpointCallback(Callback):
         self._fence = fence
         self._facts = facts
         self._saved_step: int | None = None
+        self._memory = HostMemory()
+        self._pending: _Pending | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         # A run that starts from a checkpoint need not save the same state again.
         self._saved_step = trainer.state.step
 
+    def background_done(self) -> bool:
+        return self._pending is not None and self._pending.save.ready()
+
+    def on_background_done(self, trainer: Trainer) -> None:
+        self._publish(trainer)
+
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        interval = trainer.config.train.checkpoint_interval
-        if interval and record.step % interval == 0:
-            self._save(trainer)
+        train = trainer.config.train
+        if train.checkpoint_interval and record.step % train.checkpoint_interval == 0:
+            self._save(trainer, behind=train.async_checkpoints and record.step < train.steps)
+
+    def after_validation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        if self._rank == 0 and trainer.config.train.keep_best:
+            self._store.record_score(trainer.state.step, metrics["validation_loss"])
+            self._prune(trainer)
+
+    def on_common_failure(self, trainer: Trainer) -> None:
+        self._publish(trainer)
 
     def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
+        self._publish(trainer)
         if self._saved_step != trainer.state.step:
-            self._save(trainer)
+            self._save(trainer, behind=False)
         return False
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, behind: bool) -> None:
+        self._publish(trainer)
         started = time.perf_counter()
-        step = trainer.state.step
+        save = Save(
+            self._store,
+            step=trainer.state.step,
+            attempt=self._attempt,
+            rank=self._rank,
+            gather=gather_objects,
+            fence=self._fence,
+        )
         training = {
             **self._facts,
             **trainer.state.to_dict(),
@@ -141,21 +174,48 @@ class CheckpointCallback(Callback):
             "optimizer_scalars": trainer.engine.scalar_state(),
             "callbacks": {callback.name: callback.state_dict() for callback in trainer.callbacks},
         }
-        path = save_checkpoint(
-            self._store,
-            list(trainer.engine.export_state()),
-            training,
-            step=step,
-            attempt=self._attempt,
-            rank=self._rank,
-            gather=gather_objects,
-            fence=self._fence,
-        )
-        self._saved_step = step
+        if behind:
+            save.start(trainer.engine.export_state(), training, self._memory)
+            self._pending = _Pending(save, started, time.perf_counter() - started)
+        else:
+            self._record(trainer, save.write(trainer.engine.export_state(), training), started, started, 0.0)
+        self._saved_step = save.step
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Publish the save that is under way, if any; waits for ranks that still write."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        resumed = time.perf_counter()
+        self._record(trainer, pending.save.finish(), pending.started, resumed, pending.stall_s)
+
+    def _record(self, trainer: Trainer, saved: Saved, started: float, resumed: float, stall_s: float) -> None:
+        """One ``checkpoint`` event: seconds from the start to publication, and for how many of them training stood."""
         if self._rank == 0:
-            self._store.prune(trainer.config.train.keep_checkpoints)
-        seconds = round(time.perf_counter() - started, 3)
-        self._log.write("checkpoint", step=step, path=str(path), seconds=seconds)
+            self._prune(trainer)
+        now = time.perf_counter()
+        self._log.write(
+            "checkpoint",
+            step=saved.step,
+            path=str(saved.path),
+            seconds=round(now - started, 6),
+            stall_s=round(stall_s + now - resumed, 6),
+            write_s=round(saved.write_s, 6),
+            bytes=saved.num_bytes,
+        )
+
+    def _prune(self, trainer: Trainer) -> None:
+        train = trainer.config.train
+        self._store.prune(train.keep_checkpoints, every=train.keep_every, best=train.keep_best)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A save under way: when it began, and for how long training has stood still for it so far."""
+
+    save: Save
+    started: float
+    stall_s: float
 
 
 class SamplingCallback(Callback):
@@ -178,9 +238,8 @@ class SamplingCallback(Callback):
         return False
 
     def _write(self, trainer: Trainer) -> None:
-        train = trainer.config.train
+        train, module = trainer.config.train, trainer.engine.module
+        assert module is not None, "only an engine with a whole module samples"
         for prompt in train.sample_prompts:
-            text = self._sampler.complete(
-                trainer.engine.module, prompt, train.sample_tokens, seed=trainer.config.run.seed
-            )
+            text = self._sampler.complete(module, prompt, train.sample_tokens, seed=trainer.config.run.seed)
             self._log.write("sample", step=trainer.state.step, prompt=prompt, text=text)

@@ -7,7 +7,6 @@ Reads the frozen configuration only, joins the other ranks and trains. Exit code
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import socket
 import sys
@@ -152,8 +151,7 @@ class _Rank:
         from data_pipeline.loader import StepLoader
         from pretrain.checkpoint.store import CheckpointStore
         from pretrain.config.components import build_component
-        from pretrain.engines.deepspeed import DeepSpeedEngine
-        from pretrain.parallel.layers import TorchLayers
+        from pretrain.engines.build import build_engine
         from pretrain.training.loop import Trainer
         from pretrain.training.report import write_report
         from pretrain.training.resume import resume
@@ -164,12 +162,7 @@ class _Rank:
         # Early: its thread opens the store while this one imports the engine, and not during the first steps.
         self._start_tracker(sources)
         objective = build_component(config.objective)
-        model = build_component(config.model, layers=TorchLayers())
-        reset = getattr(model, "reset_parameters", None)
-        # torch's own modules have a method of this name without a seed; such a model comes initialised.
-        if reset is not None and inspect.signature(reset).parameters:
-            reset(config.run.seed)
-        engine = DeepSpeedEngine(model, config, device)
+        engine = build_engine(config, device)
 
         store = CheckpointStore(self.run.checkpoints_path)
         if self.env.rank == 0:
@@ -191,13 +184,12 @@ class _Rank:
                 start_step=first_step,
             )
 
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.log.write(
             "start",
             step=self.state.step,
             steps=config.train.steps,
             world_size=self.env.world_size,
-            parameters=num_parameters,
+            parameters=engine.num_parameters,
             device=str(device),
             precision=config.train.precision,
             tokens_per_step=config.train.global_batch_size * getattr(config.data, "sequence_length", 1),
@@ -235,7 +227,12 @@ class _Rank:
             "precision": self.config.train.precision,
         }
         # The checkpoint of a step comes before its validation, which may be long and may be cut short.
-        result: list[Any] = [own.MetricsCallback(self.log)]
+        result: list[Any] = []
+        if self.config.train.trace:
+            from pretrain.training.trace import TraceCallback
+
+            result.append(TraceCallback(self.run.trace_path(self.env.attempt), self.env.rank))
+        result.append(own.MetricsCallback(self.log))
         result.append(
             own.CheckpointCallback(
                 store,
@@ -251,7 +248,7 @@ class _Rank:
                 raise ValueError("data: the validation source is endless (num_samples None); validation needs an end")
             result.append(own.EvaluationCallback(self.log, sources.validation))
         wants_samples = self.env.rank == 0 and self.config.train.sample_prompts and sources.tokenizer_path
-        if wants_samples and TextSampler.supports(engine.module):
+        if wants_samples and engine.module is not None and TextSampler.supports(engine.module):
             result.append(own.SamplingCallback(self.log, TextSampler(sources.tokenizer_path)))
         return result
 

@@ -16,7 +16,7 @@ from pretrain.config.schema import Config
 from pretrain.engines.base import Batch, Engine
 from pretrain.ops.keyed_random import keyed_seed
 from pretrain.optim.schedule import learning_rate
-from pretrain.parallel.process import all_reduce_floats, gather_objects
+from pretrain.parallel.process import all_reduce_floats, gather_objects, world_size
 from pretrain.training.batches import SAMPLE_IDS, to_device, to_tensors
 from pretrain.training.callback import Callback
 from pretrain.training.signals import StopRequest
@@ -60,8 +60,10 @@ class Trainer:
         self.objective = objective
         self.state = state
         self.callbacks = list(callbacks)
+        self.host_batches: list[Batch] = []  # this rank's micro-batches of the latest step
         self._open_stream = open_stream
         self._stop = stop
+        self._background_done: list[Callback] = []
         self._metric_names: list[str] | None = None
         self._process = psutil.Process(os.getpid())
 
@@ -82,10 +84,16 @@ class Trainer:
                 if record is None:
                     interrupted = True
                     break
+                for callback in self._background_done:
+                    callback.on_background_done(self)
                 for callback in self.callbacks:
                     callback.after_step(self, record)
             for callback in self.callbacks:
                 interrupted |= callback.on_end(self, interrupted)
+        except NonFiniteError:
+            for callback in self.callbacks:
+                callback.on_common_failure(self)
+            raise
         finally:
             stream.close()
         return interrupted
@@ -124,14 +132,19 @@ class Trainer:
     def _step(self, steps: Iterator[list[HostBatch]]) -> StepRecord | None:
         """One optimizer step; None when any rank was asked to stop before it."""
         started = time.perf_counter()
-        host_batches = [to_tensors(arrays) for arrays in self._next_arrays(steps)]
+        host_batches = self.host_batches = [to_tensors(arrays) for arrays in self._next_arrays(steps)]
         targets = float(sum(self.objective.denominator(batch) for batch in host_batches))
         batches = [to_device(batch, self.engine.device) for batch in host_batches]
         data_s = time.perf_counter() - started
 
-        denominator, stops = all_reduce_floats([targets, float(self._stop.requested)])
+        counted = targets if self.engine.is_data_leader else 0.0
+        done = [float(callback.background_done()) for callback in self.callbacks]
+        denominator, stops, *done = all_reduce_floats([counted, float(self._stop.requested), *done])
         if stops:
             return None
+        self._background_done = [
+            callback for callback, ranks in zip(self.callbacks, done, strict=True) if ranks == world_size()
+        ]
         if denominator <= 0:
             raise ValueError(
                 f"Step {self.state.step + 1}: the global batch holds no target token; check the data set's loss mask"

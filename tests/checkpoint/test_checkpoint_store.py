@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,19 @@ from safetensors.torch import load_file
 from pretrain.checkpoint.damage import describe_damage
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, CorruptCheckpointError, Manifest
+from pretrain.checkpoint.rank_file import write_rank_file
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore, verify
-from pretrain.checkpoint.writer import save_checkpoint, write_rank_file
+from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.parallel.shard import Shard
 
 
 def fragments(step: int) -> list[Fragment]:
     values = torch.arange(12.0) + step
     return [
-        Fragment("a.weight", "master", (3, 4), 0, values[:5]),
-        Fragment("a.weight", "master", (3, 4), 5, values[5:]),
-        Fragment("b", "weight", (2,), 0, torch.tensor([1.5, -2.0], dtype=torch.bfloat16)),
+        Fragment("a.weight", "master", (3, 4), 0, values[:5], Shard.whole((3, 4))),
+        Fragment("a.weight", "master", (3, 4), 5, values[5:], Shard.whole((3, 4))),
+        Fragment("b", "weight", (2,), 0, torch.tensor([1.5, -2.0], dtype=torch.bfloat16), Shard.whole((2,))),
     ]
 
 
@@ -54,7 +58,11 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [fragments(0)[:1], [*fragments(0), Fragment("a.weight", "master", (3, 4), 4, torch.ones(1))]]
+    "parts",
+    [
+        fragments(0)[:1],
+        [*fragments(0), Fragment("a.weight", "master", (3, 4), 4, torch.ones(1), Shard.whole((3, 4)))],
+    ],
 )
 def test_gaps_and_overlaps_are_refused(tmp_path: Path, parts: list[Fragment]) -> None:
     with pytest.raises(CheckpointSaveError, match=r"master:a\.weight"):
@@ -177,10 +185,31 @@ def test_damage_is_named_and_the_previous_checkpoint_offered(
     assert "--checkpoint step_00000001" in text
 
 
-def test_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_two_saves_are_told_apart(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    # The same names, the same sizes, another step's content.
+    shutil.copy(tmp_path / "step_00000001/rank_00000.safetensors", folder)
+    with pytest.raises(CorruptCheckpointError, match=r"step_00000002 is damaged: rank_00000\.safetensors: hash"):
+        verify(folder)
+    shutil.copy(tmp_path / "step_00000001/manifest.json", folder)
+    with pytest.raises(CorruptCheckpointError, match=r"manifest\.json is of step 1, in a folder of step 2"):
+        verify(folder)
+
+
+def test_a_file_without_what_the_manifest_says_is_damage(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
-    monkeypatch.setattr("pretrain.checkpoint.manifest.VERSION", 0)
-    with pytest.raises(CorruptCheckpointError, match="format version 1 found, this release reads 0"):
+    write_rank_file(folder / "rank_00000.safetensors", fragments(1)[:1])
+    reader = CheckpointReader(folder)
+    with pytest.raises(CorruptCheckpointError, match=r"rank_00000\.safetensors does not hold master:a\.weight:5"):
+        reader.tensor("a.weight", "master")
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
+    with pytest.raises(CorruptCheckpointError, match="format version 3 found, this release reads 1 and 2"):
         Manifest.load(folder)
 
 
@@ -209,3 +238,46 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="existing: step_00000003, step_00000004"):
         store.select("1")
     assert store.select("3") == store.path(3)
+
+
+def test_policies_keep_more_than_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, float("nan")), (50, 1.5), (60, 4.0), (70, 5.0)):
+        save(tmp_path, step)
+        store.record_score(step, loss)
+    store.record_score(65, 0.5)  # validated, not saved
+    assert store.prune(1, every=30, best=2) == [10, 40]
+    # 70 is the newest, 30 and 60 are multiples of 30, 20 and 50 have the lowest losses.
+    assert store.steps() == [20, 30, 50, 60, 70]
+    # A later, better one takes the place of the second best.
+    save(tmp_path, 80)
+    CheckpointStore(tmp_path).record_score(80, 1.2)
+    assert CheckpointStore(tmp_path).prune(1, every=0, best=2) == [30, 50, 60, 70]
+    assert store.steps() == [20, 80]
+
+
+def test_the_latest_is_never_pruned(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    # Killed between the rename of step 3 and the pointer: step 1 may be what the next start continues from.
+    (tmp_path / "latest").write_text("step_00000001\n")
+    assert CheckpointStore(tmp_path).prune(1) == [2]
+    assert CheckpointStore(tmp_path).steps() == [1, 3]
+
+
+def test_going_back_forgets_the_scores_of_the_history_it_leaves(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+        store.record_score(step, 1 / step)
+    store.set_aside(10, attempt=2)
+    assert store.scores() == {10: 0.1}
+
+
+def test_damaged_scores_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "scores.json").write_text("[1")
+    with pytest.raises(CheckpointError, match=r"scores\.json is damaged"):
+        CheckpointStore(tmp_path).prune(1, best=1)
+    assert CheckpointStore(tmp_path).steps() == [1, 2]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 PACKAGE = "components_of_a_user"
+PARTS = f"{PACKAGE}.parts"
 
 SOURCE = '''
 from dataclasses import dataclass, field
@@ -112,3 +113,38 @@ def make_tree(package_folder: str) -> Callable[..., dict[str, Any]]:
         return tree
 
     return make
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path, package_folder: str) -> str:
+    """A folder of a user's, with blanks and a quote in its name."""
+    folder = tmp_path / "it's mine"
+    for group in ("model", "data", "experiment", "launcher"):
+        (folder / group).mkdir(parents=True)
+    (folder / "model/mine.yaml").write_text(f"_target_: {PARTS}.Model\nwidth: 8\nvocab_size: 4096\n")
+    (folder / "data/mine.yaml").write_text(f"_target_: {PARTS}.Data\npath: set\nvocab_size: ${{model.vocab_size}}\n")
+    (folder / "launcher/local.yaml").write_text("num_processes: 4\n")
+    (folder / "experiment/mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /model: mine\n  - override /data: mine\n"
+        f"run:\n  name: mine\n  import_paths: [{package_folder!r}]\n"
+        "model:\n  width: 16\n"
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def hybrid_tree(make_tree: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Like ``make_tree``, with our own model of four layers, which every engine can train."""
+    model = {
+        "_target_": "pretrain.models.hybrid.config.HybridConfig",
+        "pattern": "M-*-",
+        "width": 32,
+        "vocab_size": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mamba_head_dim": 16,
+        "mamba_state_dim": 16,
+        "mamba_groups": 2,
+    }
+    return lambda **changes: make_tree(**{"model": dict(model), **changes})

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from pretrain.config.check import check, complete_tree, schema_leaves
-from pretrain.config.rules import RANGES
+from pretrain.config.ranges import RANGES
 from pretrain.config.violation import InvalidConfigError, Violation
 
 MakeTree = Callable[..., dict[str, Any]]
@@ -120,7 +120,7 @@ def test_an_unknown_key_with_nothing_close_lists_the_known_ones(make_tree: MakeT
             "optimizer.schedule.horizon = 5",
             "5 or less",
         ),
-        ({"engine__zero_stage": 3}, "engine.zero_stage", 3, "stage 3 shards the weights", "zero_stage=2"),
+        ({"engine__zero_stage": 4}, "engine.zero_stage", 4, "or 3 (parameters too)", "zero_stage=3"),
         (
             {"engine__zero_stage": 0, "train__precision": "bf16"},
             "engine.zero_stage",
@@ -129,6 +129,13 @@ def test_an_unknown_key_with_nothing_close_lists_the_known_ones(make_tree: MakeT
             "engine.zero_stage=1",
         ),
         ({"train__sample_interval": 5}, "train.sample_prompts", [], "at least one", "sample_interval=0"),
+        (
+            {"train__keep_best": 2, "train__eval_interval": 0},
+            "train.keep_best",
+            2,
+            "validation loss",
+            "eval_interval=100",
+        ),
         ({"run__name": "a/b c"}, "run.name", "a/b c", "folder name", "run.name=a-b-c"),
         ({"data__path": "broken"}, "data.path", "broken", "must hold a data set", "prepare it"),
     ],
@@ -262,7 +269,7 @@ def test_the_complete_tree_gives_the_same_configuration(make_tree: MakeTree) -> 
 def test_importing_the_configuration_is_light() -> None:
     code = (
         "import sys, pretrain.config.check, pretrain.config.compose, pretrain.config.freeze;"
-        "import pretrain.config.cli;"
+        "import pretrain.commands.config;"
         "print([m for m in ('torch', 'hydra', 'omegaconf', 'yaml', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

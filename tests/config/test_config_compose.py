@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import argparse
-import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from pretrain.config import cli
 from pretrain.config.check import check
 from pretrain.config.compose import (
     compose,
@@ -18,28 +16,11 @@ from pretrain.config.compose import (
     shipped_config_dir,
 )
 from pretrain.config.freeze import dump, load
+from pretrain.config.schema import EngineConfig, TrainConfig
 from pretrain.config.violation import InvalidConfigError, Violation
 
 PARTS = "components_of_a_user.parts"
 EXPERIMENTS = sorted(path.stem for path in (shipped_config_dir() / "experiment").glob("*.yaml"))
-
-
-@pytest.fixture
-def config_dir(tmp_path: Path, package_folder: str) -> str:
-    """A folder of a user's, with blanks and a quote in its name."""
-    folder = tmp_path / "it's mine"
-    for group in ("model", "data", "experiment", "launcher"):
-        (folder / group).mkdir(parents=True)
-    (folder / "model/mine.yaml").write_text(f"_target_: {PARTS}.Model\nwidth: 8\nvocab_size: 4096\n")
-    (folder / "data/mine.yaml").write_text(f"_target_: {PARTS}.Data\npath: set\nvocab_size: ${{model.vocab_size}}\n")
-    (folder / "launcher/local.yaml").write_text("num_processes: 4\n")
-    (folder / "experiment/mine.yaml").write_text(
-        "# @package _global_\n"
-        "defaults:\n  - override /model: mine\n  - override /data: mine\n"
-        f"run:\n  name: mine\n  import_paths: [{package_folder!r}]\n"
-        "model:\n  width: 16\n"
-    )
-    return str(folder)
 
 
 def faults(*overrides: str, config_dir: str | None = None) -> dict[str, Violation]:
@@ -127,7 +108,7 @@ def test_faults_of_composition_and_of_the_check_come_together() -> None:
     assert "sweep" in found["train.seed"].rule
     assert "groups:" in found["engine/x"].fix
     assert "that is there" in found["tracking.nothing"].rule
-    assert "stage 3" in found["engine.zero_stage"].rule
+    assert "or 3 (parameters too)" in found["engine.zero_stage"].rule
     assert "not_there" in found["objective._target_"].rule
 
 
@@ -185,27 +166,20 @@ def test_paths_become_absolute(package_folder: str, monkeypatch: pytest.MonkeyPa
     assert tree["run"]["root"] == "../runs"
 
 
-def run_cli(*argv: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args(argv))
+def test_a_node_that_names_another_engine_replaces_the_one_before() -> None:
+    assert compose(["engine={zero_stage: 2}"])["engine"]["overlap_comm"] is False  # merged into the shipped file
+    assert compose(["engine={name: deepspeed, zero_stage: 2}"])["engine"]["overlap_comm"] is False
+    other = compose(["engine={name: megatron, tensor_parallel: 2}"])["engine"]
+    assert other == {"name": "megatron", "tensor_parallel": 2}
+    assert compose(["run={name: other}"])["run"]["seed"] == 1234  # a name that chooses nothing
 
 
-def test_config_show_prints_a_tree_that_can_be_frozen(config_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("show", "experiment=mine", "--config-dir", config_dir) == 0
-    tree = load(capsys.readouterr().out)
-    assert tree["run"]["root"] == os.path.join(os.getcwd(), "runs")
-    assert check(tree).model.width == 16
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_the_shipped_file_of_an_engine_writes_out_every_field_and_its_default(engine: str) -> None:
+    node = compose([f"engine={engine}"])["engine"]
+    members = {member().name: member for member in get_args(EngineConfig)}
+    assert asdict(members[engine]()) == node
 
 
-def test_config_check_exits_with_2_and_lists_all_faults(config_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("check", "experiment=mine", "--config-dir", config_dir) == 0
-    assert f"{PARTS}.Model" in capsys.readouterr().out
-    assert run_cli("check", "experiment=mine", "train.stepz=1", "model.width=x", "--config-dir", config_dir) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "2 faults" in printed.err
-    assert run_cli("show", "experiment=mine", "model.width=x", "--config-dir", config_dir) == 2
-    printed = capsys.readouterr()
-    assert load(printed.out)["model"]["width"] == "x"
-    assert "1 fault" in printed.err
+def test_the_primary_file_writes_out_every_field_of_the_loop_and_its_default() -> None:
+    assert compose([])["train"] == asdict(TrainConfig())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from pretrain.config.freeze import (
     frozen_for_new_run,
     load,
 )
+from pretrain.config.schema import MegatronConfig
 from pretrain.config.violation import InvalidConfigError
 
 MakeTree = Callable[..., dict[str, Any]]
@@ -189,7 +192,74 @@ def test_relative_paths_of_an_extension_start_at_the_working_folder(frozen: dict
     assert changes == [Difference("tracking.store", "/home/mlruns", "/somewhere/mine")]
 
 
+@pytest.fixture
+def frozen_hybrid(hybrid_tree: MakeTree) -> dict[str, Any]:
+    tree = hybrid_tree(train__steps=200, engine={"zero_stage": 2})
+    return frozen_for_new_run(resolve_paths(complete_tree(tree, check(tree)), "/home"))
+
+
+MOVE = ["engine=megatron", "engine.tensor_parallel=2", "launcher.num_processes=2"]
+
+
+@pytest.mark.parametrize("overrides", [MOVE, MOVE[::-1]])
+def test_a_run_moves_to_another_engine(frozen_hybrid: dict[str, Any], overrides: list[str]) -> None:
+    tree, changes = extend(frozen_hybrid, overrides)
+    assert check(tree).engine == MegatronConfig(tensor_parallel=2)
+    assert tree["engine"] == {**asdict(MegatronConfig()), "tensor_parallel": 2}
+    listed = {change.path: (change.before, change.after) for change in changes}
+    assert listed["engine.name"] == ("deepspeed", "megatron")
+    assert listed["engine.zero_stage"] == (2, ABSENT)
+    assert listed["engine.tensor_parallel"] == (ABSENT, 2)
+    assert listed["launcher.num_processes"] == (1, 2)
+    assert {path.partition(".")[0] for path in listed} == {"engine", "launcher"}
+    back, _ = extend(tree, ["engine={name: deepspeed, zero_stage: 2}", "launcher.num_processes=1"])
+    assert back == frozen_hybrid
+
+
+def test_choosing_the_same_engine_again_takes_its_shipped_values(frozen_hybrid: dict[str, Any]) -> None:
+    _, changes = extend(frozen_hybrid, ["engine=deepspeed"])
+    assert changes == [Difference("engine.zero_stage", 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "fix"),
+    [
+        ("engine=megatorn", "engine", "did you mean engine=megatron? options: deepspeed, megatron"),
+        ("engine=null", "engine", "options: deepspeed, megatron"),
+        ("launcher=local", "launcher", "start a new run"),  # launcher.name may not change
+        ("engine={name: megatron, bucket_size: '${run.seed}'}", "engine", "write it out"),
+        ("engine={name: megatron, zero_stage: 1}", "engine.zero_stage", "zero_stage belongs to engine deepspeed"),
+        ("engine.tensor_parallel=2", "engine.tensor_parallel", "belongs to engine megatron"),
+        ("~engine", "engine", "start a new run"),
+    ],
+)
+def test_moves_that_are_none_are_refused(frozen_hybrid: dict[str, Any], override: str, path: str, fix: str) -> None:
+    with pytest.raises(InvalidConfigError) as caught:
+        extend(frozen_hybrid, [override])
+    assert [v.path for v in caught.value.violations] == [path]
+    assert fix in caught.value.violations[0].fix
+
+
+def test_a_move_must_fit_the_model_and_the_number_of_processes(frozen: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfigError) as caught:
+        extend(frozen, ["engine=megatron", "engine.pipeline_parallel=2"])
+    assert {v.path for v in caught.value.violations} == {"engine.name", "launcher.num_processes"}
+
+
+def test_a_run_frozen_before_a_field_existed_goes_on_with_its_default(frozen_hybrid: dict[str, Any]) -> None:
+    old = copy.deepcopy(frozen_hybrid)
+    old["engine"] = {key: old["engine"][key] for key in ("name", "zero_stage", "reduce_bucket_size", "overlap_comm")}
+    for key in ("keep_every", "keep_best", "async_checkpoints", "activation_checkpointing", "trace"):
+        del old["train"][key]
+    assert check(old) == check(frozen_hybrid)
+    tree, changes = extend(old, ["train.steps=300", "train.keep_every=100"])
+    assert changes == [Difference("train.keep_every", ABSENT, 100), Difference("train.steps", 200, 300)]
+    assert tree["engine"] == frozen_hybrid["engine"]
+
+
 def test_extendable_paths_include_those_of_component_classes(frozen: dict[str, Any]) -> None:
     paths = extendable_paths(frozen)
     assert {"train.steps", "tracking.uri", "optimizer.schedule.horizon", "data.read_ahead"} <= set(paths)
+    assert {"engine.name", "engine.zero_stage", "engine.tensor_parallel"} <= set(paths)
+    assert len(paths) == len(set(paths))
     assert not {"model.width", "train.global_batch_size", "data.path"} & set(paths)

@@ -18,6 +18,22 @@ class Point:
     y: float = 0.0
 
 
+@dataclass(frozen=True)
+class Circle:
+    name: Literal["circle"] = "circle"
+    radius: int = 1
+    ring_width: int = 0
+
+
+@dataclass(frozen=True)
+class Square:
+    name: Literal["square"] = "square"
+    side: int = 1
+    width: int = 0
+
+
+Shape = Circle | Square
+
 ACCEPTED: list[tuple[Any, Any, Any]] = [
     (int | float, 3, 3),
     (float | None, 3, 3.0),
@@ -32,6 +48,9 @@ ACCEPTED: list[tuple[Any, Any, Any]] = [
     (list[Point], [{"x": 1}], [Point(1)]),
     (Literal[1, "two"], "two", "two"),
     (Any, {"k": [None]}, {"k": [None]}),
+    (Shape, {"name": "square", "side": 2}, Square(side=2)),
+    (Shape, {"radius": 3}, Circle(radius=3)),
+    (Shape, {}, Circle()),
 ]
 
 
@@ -57,6 +76,11 @@ def test_values_that_fit_come_back_typed(annotation: Any, value: Any, expected: 
         (int | str, 1.5, ["f"]),
         (Literal[1], True, ["f"]),
         (tuple[int, str], [1, 2], ["f[1]"]),
+        (Shape, {"name": "square", "radius": 1, "side": "x"}, ["f.radius", "f.side"]),
+        (Shape, {"name": "squre", "side": "x"}, ["f.name"]),
+        (Shape, {"name": ["square"]}, ["f.name"]),
+        (Shape, {"name": "???", "radius": "x"}, ["f.name", "f.radius"]),
+        (Shape, None, ["f"]),
     ],
 )
 def test_faults_are_placed_as_deep_as_they_lie(annotation: Any, value: Any, paths: list[str]) -> None:
@@ -64,6 +88,21 @@ def test_faults_are_placed_as_deep_as_they_lie(annotation: Any, value: Any, path
     assert check_value(value, annotation, "f", report) is UNSOUND
     assert [v.path for v in report.violations] == paths
     assert "f" not in report.sound
+
+
+@pytest.mark.parametrize(
+    ("value", "fix"),
+    [
+        ({"name": "squre"}, "did you mean f=square?"),
+        ({"name": "square", "sidee": 1}, "did you mean f.side?"),
+        ({"name": "square", "ring_width": 1}, "ring_width belongs to f circle; remove it here, or choose f=circle"),
+        ({"name": "square", "height": 1}, "remove it; known keys here: name, side, width"),
+    ],
+)
+def test_members_of_a_union_are_told_apart_by_name(value: dict[str, Any], fix: str) -> None:
+    report = Report()
+    check_value(value, Shape, "f", report)
+    assert [v.fix for v in report.violations] == [fix]
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -91,6 +130,7 @@ def test_scalars_fit_their_own_type_only_but_for_whole_numbers_as_floats(value: 
         (tuple[int, ...], "a list in which each element is a whole number"),
         (Point, "a mapping with x, y"),
         (dict[str, int], "a mapping"),
+        (Shape, "a mapping whose name is circle or square"),
     ],
 )
 def test_types_are_described_in_words(annotation: Any, words: str) -> None:

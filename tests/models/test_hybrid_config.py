@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models.hybrid.config import HybridConfig
-from pretrain.models.hybrid.cost import model_cost
+from pretrain.models.hybrid.cost import end_costs, layer_costs, model_cost
 from pretrain.parallel.layers import TorchLayers
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -93,6 +93,59 @@ def test_cost_matches_the_module_and_the_flop_counter(changes):
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(torch.zeros(length, 2, dtype=torch.long))
     assert cost.flops_per_token * 2 * length == counter.get_total_flops()
+
+
+def test_costs_of_layers_and_ends_add_up_to_the_model():
+    costs = layer_costs(SMALL, 64)
+    assert len(costs) == SMALL.num_layers == 4
+    assert costs[1] == costs[3] != costs[0]
+    assert sum(costs) + sum(end_costs(SMALL)) == model_cost(SMALL, 64).flops_per_token
+
+
+# ---- layouts
+
+SHARED = dataclasses.replace(SMALL, num_heads=4, num_kv_heads=4, mamba_groups=4, vocab_size=64)
+
+
+def layout_faults(config, tensor_parallel=2, sequence_parallel=False, sequence_length=None):
+    violations = config.parallel_violations(tensor_parallel, sequence_parallel, sequence_length)
+    return {field: (found, rule, fix) for field, found, rule, fix in violations}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+def test_layouts_that_fit_have_no_violations(tensor_parallel):
+    assert layout_faults(SHARED, tensor_parallel, True, 16) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "found", "fix"),
+    [
+        ({"vocab_size": 61}, "vocab_size", 61, "64"),
+        ({"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}, "num_heads", 6, "8"),
+        ({"num_kv_heads": 1}, "num_kv_heads", 1, "4"),
+        ({"mlp_hidden_size": 30}, "mlp_hidden_size", 30, "32"),
+        ({"mamba_groups": 2}, "mamba_groups", 2, "4"),
+        ({"mamba_groups": 1}, "mamba_groups", 1, "single group"),
+    ],
+)
+def test_each_count_must_split_over_the_ranks(changes, field, found, fix):
+    config = dataclasses.replace(SHARED, **changes)
+    assert list(config.violations()) == []
+    faults = layout_faults(config, 4)
+    assert faults[field][0] == found
+    assert "4 tensor-parallel ranks" in faults[field][1]
+    assert fix in faults[field][2]
+    assert faults.keys() <= {field, "num_kv_heads"}
+
+
+def test_layout_faults_are_reported_together_and_only_for_kinds_in_the_pattern():
+    config = dataclasses.replace(SHARED, vocab_size=61, num_kv_heads=1, mamba_groups=1, mamba_head_dim=64)
+    faults = layout_faults(config, 2, True, 15)
+    assert set(faults) == {"vocab_size", "num_kv_heads", "mamba_groups", "mamba_head_dim", "sequence_length"}
+    assert "16" in faults["sequence_length"][2]
+    assert "sequence_length" not in layout_faults(config, 2, False, 15)
+    assert set(layout_faults(dataclasses.replace(config, pattern="--"), 2)) == {"vocab_size"}
+    assert layout_faults(config, 1, False, 15) == {}
 
 
 def test_published_8b_hybrid_parameter_count():

@@ -44,7 +44,7 @@ def copy_to_nemotron(model, theirs):
         theirs.model.embeddings.weight.copy_(model.embedding.weight)
         theirs.model.norm_f.weight.copy_(model.final_norm.weight)
         theirs.lm_head.weight.copy_(model.head.weight)
-        for symbol, ours, layer in zip(model.config.pattern, model.layers, theirs.model.layers, strict=True):
+        for symbol, ours, layer in zip(model.config.pattern, model.layers.values(), theirs.model.layers, strict=True):
             layer.norm.weight.copy_(ours.norm.weight)
             mixer, target = ours.mixer, layer.mixer
             if symbol == "M":
@@ -220,7 +220,7 @@ def test_initial_values_depend_on_seed_and_name_only():
         torch.testing.assert_close(shared[name], tensor * ratio)
     other = dict(make_model(torch.float32, seed=1).named_parameters())
     assert not torch.equal(other["embedding.weight"], model.embedding.weight)
-    assert not torch.equal(model.layers[0].mixer.in_proj.weight, model.layers[2].mixer.in_proj.weight)
+    assert not torch.equal(model.layers["0"].mixer.in_proj.weight, model.layers["2"].mixer.in_proj.weight)
 
 
 def test_components_are_drawn_by_their_own_names():
@@ -231,12 +231,12 @@ def test_components_are_drawn_by_their_own_names():
     values = torch.empty(16, 32).normal_(
         0, 0.2, generator=keyed_generator(0, "initialisation", "layers.3.mixer.qkv.k.weight")
     )
-    torch.testing.assert_close(model.layers[3].mixer.qkv.weight[32:48], values)
+    torch.testing.assert_close(model.layers["3"].mixer.qkv.weight[32:48], values)
 
 
 def test_initial_distributions():
     model = make_model(torch.float32, width=256, mamba_head_dim=2, init_std=0.02)
-    mixer = model.layers[0].mixer
+    mixer = model.layers["0"].mixer
     decay = mixer.A_log.detach().exp()
     assert 1 <= float(decay.min()) < 1.5
     assert 15 < float(decay.max()) <= 16
@@ -247,7 +247,7 @@ def test_initial_distributions():
     assert torch.equal(mixer.D, torch.ones_like(mixer.D))
     assert float(model.embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert float(mixer.in_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
-    for layer in model.layers:
+    for layer in model.layers.values():
         assert float(layer.mixer.out_proj.weight.detach().std()) == pytest.approx(0.02 / 5**0.5, rel=0.05)
         assert torch.equal(layer.norm.weight, torch.ones(256))
     assert float(mixer.conv.weight.detach().abs().max()) <= 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -15,9 +16,7 @@ class WorkerPool:
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         self.alive = True
         self._processes, self._pipes = [], []
         for rank in range(size):
@@ -55,6 +54,18 @@ class WorkerPool:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+def _free_port() -> int:
+    """A port that was free just now, outside the range from which the kernel serves outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:

@@ -31,6 +31,7 @@ class Engine:
 
     device = torch.device("cpu")
     dp_rank, dp_size = 0, 1
+    is_data_leader = True
 
     def __init__(self, loss: float = 2.0) -> None:
         self.loss = loss

@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_works(finished: Outc
     assert "rank_00000.safetensors: hash" in refused.stderr
     assert "--checkpoint step_00000004" in refused.stderr
     before = finished.losses()
-    listed = pretrain("checkpoint", finished.path, "--verify")
+    listed = pretrain("checkpoint", "verify", finished.path)
     assert listed.returncode == 4
     assert "step_00000008  DAMAGED" in listed.stdout
     # The refused attempt changed nothing, and the way out that it offered leads on.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from pretrain.models.hybrid.model import HybridLM
     from pretrain.parallel.layers import ParallelLayers
+    from pretrain.parallel.stage import Stage
 
 SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
 
@@ -63,6 +64,11 @@ class HybridConfig:
     init_std: float = 0.02
 
     @property
+    def num_layers(self) -> int:
+        """Sublayers, one for each symbol of the pattern."""
+        return len(self.pattern)
+
+    @property
     def attention_kv_heads(self) -> int:
         """Key/value heads, default filled in."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -110,8 +116,40 @@ class HybridConfig:
         }:
             yield from self._mamba_violations()
 
-    def build(self, layers: ParallelLayers) -> HybridLM:
-        """Construct the module; call its ``reset_parameters(seed)`` before training.
+    def parallel_violations(
+        self, tensor_parallel: int, sequence_parallel: bool, sequence_length: int | None
+    ) -> Iterator[Violation]:
+        """Every reason why ``tensor_parallel`` ranks cannot share this (otherwise valid) model, as in
+        :meth:`violations`. ``sequence_length``: tokens of a training sequence, None if unknown.
+        """
+        ranks = f"the {tensor_parallel} tensor-parallel ranks"
+        if tensor_parallel == 1:
+            return
+        counts = {"vocab_size": self.vocab_size}
+        if "*" in self.pattern:
+            counts |= {"num_heads": self.num_heads, "num_kv_heads": self.attention_kv_heads}
+        if "-" in self.pattern:
+            counts["mlp_hidden_size"] = self.mlp_hidden
+        if "M" in self.pattern:
+            counts["mamba_groups"] = self.mamba_groups
+        for field, count in counts.items():
+            if count % tensor_parallel:
+                larger = -(-count // tensor_parallel) * tensor_parallel
+                fix = f"set {field} to {larger}, or fewer tensor-parallel ranks"
+                if field == "mamba_groups" and count == 1:
+                    fix += " (a single group is normalised as a whole and would need an exchange in every layer)"
+                yield field, count, f"must be a multiple of {ranks}, each of which holds an equal share", fix
+        if "M" in self.pattern and self.mamba_heads % tensor_parallel:
+            heads = f"{self.mamba_heads} = mamba_expand * width / mamba_head_dim"
+            rule = f"the number of Mamba-2 heads ({heads}) must be a multiple of {ranks}"
+            yield "mamba_head_dim", self.mamba_head_dim, rule, "change width or mamba_head_dim, or use fewer ranks"
+        if sequence_parallel and sequence_length is not None and sequence_length % tensor_parallel:
+            larger = -(-sequence_length // tensor_parallel) * tensor_parallel
+            fix = f"set the sequence length to {larger}, or sequence_parallel to false"
+            yield "sequence_length", sequence_length, f"must be a multiple of {ranks} with sequence_parallel", fix
+
+    def build(self, layers: ParallelLayers, stage: Stage | None = None) -> HybridLM:
+        """Construct the module, or one pipeline stage of it; call its ``reset_parameters(seed)`` before training.
 
         Raises:
             ValueError: naming every violation.
@@ -121,7 +159,7 @@ class HybridConfig:
         faults = [f"{field} = {found!r}: {rule}; {fix}" for field, found, rule, fix in self.violations()]
         if faults:
             raise ValueError("model configuration is invalid:\n  " + "\n  ".join(faults))
-        return HybridLM(self, layers)
+        return HybridLM(self, layers, stage)
 
     def _pattern_violations(self) -> Iterator[Violation]:
         known = ", ".join(f"'{symbol}' {kind}" for symbol, kind in SYMBOLS.items())

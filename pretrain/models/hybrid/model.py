@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.hybrid.config import HybridConfig
 from pretrain.nn.attention import Attention
@@ -22,6 +22,7 @@ from pretrain.nn.mamba2 import Mamba2Mixer
 from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import RMSNorm
 from pretrain.parallel.layers import ParallelLayers
+from pretrain.parallel.stage import Stage
 
 
 @dataclass
@@ -36,19 +37,46 @@ class HybridLM(nn.Module):
     """Decoder-only language model with one single-sublayer residual layer for each pattern symbol.
 
     Parameters are named ``embedding.weight``, ``layers.<i>.norm.weight``, ``layers.<i>.mixer.*``,
-    ``final_norm.weight`` and, unless tied, ``head.weight``. Their values are undefined until
-    :meth:`reset_parameters` or a checkpoint load.
+    ``final_norm.weight`` and, unless tied, ``head.weight``, i counting the layers of the whole model. Their values are
+    undefined until :meth:`reset_parameters` or a checkpoint load.
+
+    A pipeline ``stage`` holds its own layers only. Where embedding and head are tied and lie on different stages, each
+    holds a copy of ``embedding.weight``, and the engine has to sum their gradients.
+
+    Attributes:
+        activation_checkpointing: whether training keeps only each layer's input and computes the layer again in the
+            backward pass.
+        vocabulary: the columns of the logits computed here; None for all.
     """
 
-    def __init__(self, config: HybridConfig, layers: ParallelLayers) -> None:
+    def __init__(self, config: HybridConfig, layers: ParallelLayers, stage: Stage | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = layers.embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(
-            Block(RMSNorm(config.width, config.norm_eps), _mixer(symbol, config, layers)) for symbol in config.pattern
+        self.stage = stage or Stage.whole(config.num_layers)
+        self.activation_checkpointing = False
+        self.vocabulary = layers.vocabulary(config.vocab_size)
+        self._parallel = layers
+        width, tied = config.width, config.tied_embeddings
+        if self.stage.has_embedding or (self.stage.has_head and tied):
+            self.embedding = layers.embedding(config.vocab_size, width)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): Block(RMSNorm(layers, width, config.norm_eps), _mixer(config.pattern[i], config, layers))
+                for i in range(self.stage.first, self.stage.stop)
+            }
         )
-        self.final_norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied_embeddings else layers.column(config.width, config.vocab_size)
+        if self.stage.has_head:
+            self.final_norm = RMSNorm(layers, width, config.norm_eps)
+            self.head = None if tied else layers.head(width, config.vocab_size)
+        if (shared := self.shared_embedding_weight()) is not None:
+            _mark_shared(shared, self.stage)
+
+    def shared_embedding_weight(self) -> nn.Parameter | None:
+        """The matrix that embedding and head share, where this stage holds (a copy of) it; None when untied."""
+        if not self.config.tied_embeddings or not (self.stage.has_embedding or self.stage.has_head):
+            return None
+        assert isinstance(self.embedding.weight, nn.Parameter)
+        return self.embedding.weight
 
     def reset_parameters(self, seed: int) -> None:
         """Initialise every parameter from (seed, canonical name); see :mod:`pretrain.nn.initialisation`.
@@ -57,46 +85,65 @@ class HybridLM(nn.Module):
         are divided by the square root of the number of layers, so that its variance does not grow with depth.
         """
         std = self.config.init_std
-        out_std = std / math.sqrt(len(self.layers))
+        out_std = std / math.sqrt(self.config.num_layers)
         initialisers = {"embedding.weight": normal(std), "head.weight": normal(std)}
         initialisers["final_norm.weight"] = constant(1.0)
-        for index, layer in enumerate(self.layers):
+        for index, layer in self.layers.items():
             assert isinstance(layer, Block)
             for name, fill in layer.initialisers(std, out_std).items():
                 initialisers[f"layers.{index}.{name}"] = fill
         initialise(self, initialisers, seed)
 
     def forward(
-        self, tokens_LB: Tensor, segment_ids_LB: Tensor | None = None, position_ids_LB: Tensor | None = None
+        self,
+        tokens_LB: Tensor,
+        segment_ids_LB: Tensor | None = None,
+        position_ids_LB: Tensor | None = None,
+        hidden_LBD: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
-            tokens_LB: int [L, B].
+            tokens_LB: int [L, B], on every stage and tensor-parallel rank.
             segment_ids_LB: document of each token within its row (padding: -1, at the end); no information
                 crosses documents. None when every row is one document.
             position_ids_LB: position of each token within its document; None counts from 0. Only read with
                 ``rope_theta``.
+            hidden_LBD: what the stage before returned, on a stage without embedding.
 
         Returns:
-            logits_LBV in the parameters' dtype.
+            logits_LBV in the parameters' dtype (the columns of ``vocabulary`` only, where it is set); on a stage
+            without head, the hidden states x_LBD (with sequence parallelism this rank's share of L).
 
         Raises:
             ValueError: if the id tensors are not shaped like the tokens.
         """
         length, batch_size = tokens_LB.shape
         layout = SequenceLayout(length, batch_size, tokens_LB.device, segment_ids_LB, position_ids_LB)
-        x_LBD = self.embedding(tokens_LB)
-        for layer in self.layers:
-            x_LBD = layer(x_LBD, layout)
-        return self._logits(x_LBD)
+        if self.stage.has_embedding:
+            assert hidden_LBD is None, "hidden states given to the stage that embeds the tokens"
+            x_LBD = self.embedding(tokens_LB)
+        else:
+            assert hidden_LBD is not None, "a stage without embedding needs hidden states"
+            x_LBD = hidden_LBD
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers.values():
+            if recompute:
+                # No layer draws from torch's global generators, so there is no state to restore.
+                x_LBD = checkpoint(layer, x_LBD, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_LBD = layer(x_LBD, layout)
+        return self._logits(x_LBD) if self.stage.has_head else x_LBD
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> HybridCache:
         """Empty generation cache; ``dtype`` is that of the parameters. Mamba-2 states are always kept in
         fp32.
         """
+        assert self.stage == Stage.whole(self.config.num_layers), "generation needs the whole model on one rank"
+        assert self.vocabulary is None, "generation needs the whole model on one rank"
         device = torch.device(device)
-        return HybridCache([layer.mixer.init_cache(batch_size, dtype, device) for layer in self.layers])  # type: ignore[union-attr,operator]
+        layers = self.layers.values()
+        return HybridCache([layer.mixer.init_cache(batch_size, dtype, device) for layer in layers])  # type: ignore[union-attr,operator]
 
     @torch.no_grad()
     def prefill(self, tokens_LB: Tensor, cache: HybridCache) -> Tensor:
@@ -123,7 +170,7 @@ class HybridLM(nn.Module):
         length, batch_size = tokens_LB.shape
         layout = SequenceLayout(length, batch_size, tokens_LB.device, first_position=cache.length)
         x_LBD = self.embedding(tokens_LB)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(self.layers.values(), cache.layers, strict=True):
             x_LBD = layer(x_LBD, layout, layer_cache)
         cache.length += length
         return self._logits(x_LBD)
@@ -131,8 +178,22 @@ class HybridLM(nn.Module):
     def _logits(self, x_LBD: Tensor) -> Tensor:
         x_LBD = self.final_norm(x_LBD)
         if self.head is None:
-            return F.linear(x_LBD, self.embedding.weight)
+            weight = self.shared_embedding_weight()
+            assert weight is not None
+            return self._parallel.tied_logits(x_LBD, weight)
         return self.head(x_LBD)
+
+
+def _mark_shared(weight: nn.Parameter, stage: Stage) -> None:
+    """Tell Megatron that ``weight`` works both as embedding and as head: attributes that its optimizer and
+    ``DistributedDataParallel`` look up. Other engines do not read them.
+    """
+    if stage.has_embedding and stage.has_head:
+        weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+        return
+    weight.shared_embedding = True  # type: ignore[attr-defined]
+    if not stage.has_embedding:
+        weight.shared = True  # type: ignore[attr-defined]  # a copy: left out of the gradient norm
 
 
 def _mixer(symbol: str, config: HybridConfig, layers: ParallelLayers) -> nn.Module:

@@ -1,0 +1,238 @@
+"""Megatron-Core engine: tensor, sequence and pipeline parallel, and data parallel with the distributed optimizer.
+
+Megatron's own parallel layers, schedules, DistributedDataParallel, gradient finalisation and optimizer run; model
+classes, initialisation, loss normalisation and checkpoints are this platform's. On CPU hosts with gloo through
+:mod:`pretrain.parallel.megatron_cpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoint.fragment import Fragment
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.config.layout import model_parallel_size
+from pretrain.config.schema import Config, MegatronConfig
+from pretrain.engines.activation_checkpointing import set_activation_checkpointing
+from pretrain.engines.base import Batch, LossFunction, StepResult
+from pretrain.engines.clock import Clock
+from pretrain.engines.megatron_chunk import PipelineChunk, StageModel, StageOutput, zero_tokens
+from pretrain.engines.megatron_settings import megatron_settings
+from pretrain.engines.megatron_state import MegatronState
+from pretrain.optim.build import is_exempt
+from pretrain.parallel.canonical import canonical_parameters
+from pretrain.parallel.megatron_import import import_megatron
+from pretrain.parallel.process import all_reduce_floats, gather_objects
+from pretrain.parallel.stage import Stage
+
+BuildModel = Callable[[Any, Stage], nn.Module]
+"""(parallel layers, stage) to an initialised module in FP32."""
+
+
+class MegatronEngine:
+    """See :class:`pretrain.engines.base.Engine`. Needs an initialised default process group.
+
+    Args:
+        build_model: constructs and initialises the chunk of the model for a stage.
+        stages: the stages of each pipeline rank, in the order of its chunks.
+    """
+
+    def __init__(
+        self, build_model: BuildModel, stages: Sequence[Sequence[Stage]], config: Config, device: torch.device
+    ) -> None:
+        import_megatron(device.type)
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        from pretrain.parallel.megatron_layers import MegatronLayers
+
+        assert isinstance(config.engine, MegatronConfig)
+        self.device = device
+        self._settings = settings = _with_dtypes(megatron_settings(config))
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(**settings["parallel"], create_gloo_process_groups=False)
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+        is_last = pipeline_rank == config.engine.pipeline_parallel - 1
+        self.is_data_leader = is_last and self._tp_rank == 0
+
+        settings["transformer"]["use_cpu_initialization"] = device.type == "cpu"
+        self._megatron_config = megatron_config = TransformerConfig(**settings["transformer"])
+        layers = MegatronLayers(megatron_config)
+        modules = [build_model(layers, stage) for stage in stages[pipeline_rank]]
+        for module in modules:
+            set_activation_checkpointing(module, config.train.activation_checkpointing)
+        masters = [_full_precision_copy(module) for module in modules] if config.train.precision == "bf16" else None
+        ties = config.engine.pipeline_parallel > 1 and bool(getattr(config.model, "tied_embeddings", False))
+        self._chunks: list[Any] = []
+        for number, (module, stage) in enumerate(zip(modules, stages[pipeline_rank], strict=True)):
+            module.to(device=device, dtype=torch.bfloat16 if masters is not None else torch.float32)
+            chunk = PipelineChunk(module, stage, megatron_config, ties)
+            self._chunks.append(
+                DistributedDataParallel(
+                    megatron_config,
+                    DistributedDataParallelConfig(**settings["ddp"]),
+                    chunk,
+                    disable_bucketing=number > 0,
+                )
+            )
+        self._overlaps_gather = config.engine.overlap_param_gather
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+        if config.engine.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._optimizer = _build_optimizer(settings["optimizer"], self._chunks)
+        self._state = MegatronState(modules, self._optimizer, self.dp_rank, self._tp_rank)
+        if masters is not None:
+            self._state.set_masters(masters)
+        self._schedule = get_forward_backward_func()
+        self._weight_decay = config.optimizer.weight_decay
+        self._fill = config.engine.pipeline_parallel if config.engine.virtual_pipeline > 1 else 1
+        self._metric_names: list[str] | None = None
+        self.module: nn.Module | None = modules[0] if model_parallel_size(config.engine) == 1 else None
+        self.num_parameters = _count_parameters(modules, self.dp_rank, self._tp_rank)
+
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
+    ) -> StepResult:
+        for group in self._param_groups():
+            group["lr"] = learning_rate
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
+        clock = Clock(self.device)
+        for chunk in self._chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        outputs = self._run(microbatches, loss, denominator, forward_only=False)
+        clock.lap("forward_backward")
+        _, grad_norm, _ = self._optimizer.step()
+        clock.lap("optimizer")
+        loss_sum, metrics = self._sums(outputs)
+        return StepResult(loss_sum=loss_sum, grad_norm=float(grad_norm), metrics=metrics, seconds=clock.seconds())
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch, loss: LossFunction) -> float:
+        for chunk in self._chunks:
+            chunk.eval()
+            if self._overlaps_gather:
+                chunk.disable_forward_pre_hook(param_sync=True)
+        # The interleaved schedule needs as many micro-batches as pipeline ranks; only the first is counted.
+        outputs = self._run([batch] * self._fill, loss, 1.0, forward_only=True)
+        for chunk in self._chunks:
+            if self._overlaps_gather:
+                chunk.enable_forward_pre_hook()
+        return self._sums(outputs[:1])[0]
+
+    def export_state(self) -> Iterator[Fragment]:
+        return self._state.export()
+
+    def scalar_state(self) -> dict[str, float]:
+        return self._state.scalars()
+
+    def import_state(self, reader: CheckpointReader) -> None:
+        self._state.load(reader, reader.training["optimizer_scalars"])
+
+    def _run(
+        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, *, forward_only: bool
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches; the objective's outputs where the head is, else nothing."""
+
+        def forward_step(batches: Iterator[Batch], wrapped: Any) -> tuple[Tensor, Callable[..., Any]]:
+            chunk: PipelineChunk = wrapped.module
+            try:
+                output = loss(StageModel(wrapped, chunk), next(batches))
+            except StageOutput as stage_output:
+                return stage_output.hidden_LBD, _no_loss
+            return output.loss_sum / denominator, lambda scaled: (scaled, zero_tokens(self.device), output)
+
+        rows, length = microbatches[0]["tokens"].shape
+        iterators = [iter(microbatches) for _ in self._chunks]
+        return list(
+            self._schedule(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+                num_microbatches=len(microbatches),
+                seq_length=length,
+                micro_batch_size=rows,
+                forward_only=forward_only,
+            )
+        )
+
+    def _sums(self, outputs: list[Any]) -> tuple[float, dict[str, float]]:
+        """Sums of losses and metrics over micro-batches on the data leader; zeros under the same names elsewhere."""
+        if self._metric_names is None:
+            names = gather_objects(sorted(outputs[0].metrics) if self.is_data_leader else None)
+            self._metric_names = next(given for given in names if given is not None)
+        if not self.is_data_leader:
+            return 0.0, dict.fromkeys(self._metric_names, 0.0)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        metrics: dict[str, Tensor] = {}
+        for output in outputs:
+            total += output.loss_sum.detach()
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach()
+        return float(total), {name: float(value) for name, value in metrics.items()}
+
+    def _param_groups(self) -> Iterator[dict[str, Any]]:
+        parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        return chain.from_iterable(part.optimizer.param_groups for part in parts)
+
+
+def _count_parameters(modules: Sequence[nn.Module], dp_rank: int, tp_rank: int) -> int:
+    """Elements of all logical tensors of the whole model."""
+    counted = 0
+    if dp_rank == 0 and tp_rank == 0:
+        for parameter in chain.from_iterable(canonical_parameters(module) for module in modules):
+            if not getattr(parameter.tensor, "shared", False):
+                counted += sum(prod(part.shape) for part in parameter.parts)
+    return round(all_reduce_floats([float(counted)])[0])
+
+
+def _no_loss(_: Tensor) -> Any:
+    raise AssertionError("the schedule asked a stage without a head for its loss")
+
+
+def _full_precision_copy(module: nn.Module) -> dict[str, Tensor]:
+    """Initial FP32 values by module name, taken before they are rounded to bf16."""
+    return {p.module_name: p.tensor.detach().clone() for p in canonical_parameters(module) if p.tensor.requires_grad}
+
+
+def _with_dtypes(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    names = ("params_dtype", "pipeline_dtype")
+    return {
+        block: {name: dtypes[value] if name in names else value for name, value in fields.items()}
+        for block, fields in settings.items()
+    }
+
+
+def _build_optimizer(fields: dict[str, Any], chunks: list[Any]) -> Any:
+    """Megatron's optimizer over torch's AdamW, decayed as everywhere in this platform."""
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    # Fused Adams of Transformer Engine and Apex keep other state; torch's repeats a run bit for bit.
+    previous = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    try:
+        return megatron_optimizer.get_megatron_optimizer(
+            megatron_optimizer.OptimizerConfig(**fields),
+            chunks,
+            config_overrides={ParamKey(predicate=ParamPredicate("exempt", is_exempt)): {"wd_mult": 0.0}},
+            use_gloo_process_groups=False,
+        )
+    finally:
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = previous

@@ -1,0 +1,145 @@
+"""Canonical state of a Megatron-Core engine, both ways.
+
+Three ways in which Megatron keeps FP32 weights and moments: the distributed optimizer holds a flat range of each
+parameter (a data-parallel share of a tensor-parallel share); without it, bf16 parameters have a whole FP32 copy in
+``parameter.main_param``, and FP32 parameters are optimized themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoint.fragment import Fragment
+from pretrain.checkpoint.reader import CheckpointReader, load_weights
+from pretrain.engines.flat_state import cut, paste
+from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
+from pretrain.parallel.shard import Shard
+
+STEP = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class LocalShare:
+    """What this rank optimizes of one parameter: flat elements from ``start`` on, under the optimizer's ``key``."""
+
+    start: int
+    key: Tensor
+
+    @property
+    def master(self) -> Tensor:
+        return self.key.detach().view(-1)
+
+
+class MegatronState:
+    """Export and import between Megatron-Core's optimizer and canonical fragments.
+
+    Args:
+        modules: this rank's chunks of our model.
+        optimizer: what ``get_megatron_optimizer`` returned.
+        dp_rank, tp_rank: a replicated tensor is exported by the ranks with both 0.
+
+    Raises:
+        RuntimeError: the installed Megatron-Core keeps its state in a way this release does not know.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], optimizer: Any, dp_rank: int, tp_rank: int) -> None:
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        if len(parts) != 1:
+            raise RuntimeError(f"expected one optimizer for dense parameters, found {len(parts)}")
+        self._modules = modules
+        self._megatron = parts[0]
+        self._torch: torch.optim.Optimizer = parts[0].optimizer
+        if not isinstance(self._torch, torch.optim.AdamW):
+            raise RuntimeError(f"expected torch's AdamW inside Megatron's optimizer, found {type(self._torch)}")
+        self._is_sharded = hasattr(self._megatron, "model_param_group_index_map")
+        self._dp_rank = dp_rank
+        self._tp_rank = tp_rank
+
+    def export(self) -> Iterator[Fragment]:
+        """Fragments of this rank; over all ranks they cover every logical tensor once."""
+        for parameter in self._parameters():
+            if not self._is_owner(parameter):
+                continue
+            if not parameter.tensor.requires_grad:
+                if self._dp_rank == 0:
+                    yield from cut(parameter, "weight", 0, parameter.tensor.data.reshape(-1))
+                continue
+            share = self._share(parameter)
+            if share is None or (not self._is_sharded and self._dp_rank != 0):
+                continue
+            yield from cut(parameter, "master", share.start, share.master)
+            state = self._torch.state.get(share.key, {})
+            for slot in MOMENTS:
+                if slot in state:
+                    yield from cut(parameter, slot, share.start, state[slot].view(-1))
+        if self._dp_rank == 0 and self._tp_rank == 0:
+            for module in self._modules:
+                for name, buffer in canonical_buffers(module):
+                    shape = tuple(buffer.shape)
+                    yield Fragment(name, "buffer", shape, 0, buffer.reshape(-1), Shard.whole(shape))
+
+    def scalars(self) -> dict[str, float]:
+        """Adam's step count, 0 before the first step."""
+        for state in self._torch.state.values():
+            if STEP in state:
+                return {STEP: float(state[STEP])}
+        return {STEP: 0.0}
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader, scalars: dict[str, float]) -> None:
+        """Fill weights, masters and moments; see :meth:`pretrain.engines.base.Engine.import_state`."""
+        for module in self._modules:
+            load_weights(module, reader, partial=len(self._modules) > 1 or self._is_stage(module))
+        for parameter in self._parameters():
+            share = self._share(parameter) if parameter.tensor.requires_grad else None
+            if share is None:
+                continue
+            paste(parameter, share.start, share.master, reader, None)
+            if scalars[STEP] > 0:
+                state = self._torch.state[share.key]
+                state[STEP] = torch.tensor(scalars[STEP], dtype=torch.float32)
+                for slot in MOMENTS:
+                    state[slot] = torch.zeros_like(share.key, memory_format=torch.preserve_format)
+                    paste(parameter, share.start, state[slot].view(-1), reader, slot)
+
+    @torch.no_grad()
+    def set_masters(self, values: Sequence[dict[str, Tensor]]) -> None:
+        """Overwrite FP32 masters with full-precision values by module name, one mapping for each chunk."""
+        for module, chunk_values in zip(self._modules, values, strict=True):
+            for parameter in canonical_parameters(module):
+                share = self._share(parameter) if parameter.module_name in chunk_values else None
+                if share is not None:
+                    source = chunk_values[parameter.module_name].view(-1)
+                    share.master.copy_(source[share.start : share.start + share.master.numel()])
+
+    @staticmethod
+    def _is_stage(module: nn.Module) -> bool:
+        stage = getattr(module, "stage", None)
+        return stage is not None and not (stage.has_embedding and stage.has_head)
+
+    def _parameters(self) -> Iterator[CanonicalParameter]:
+        for module in self._modules:
+            yield from canonical_parameters(module)
+
+    def _is_owner(self, parameter: CanonicalParameter) -> bool:
+        """Whether this tensor-parallel rank and stage answers for what it holds of the parameter."""
+        if getattr(parameter.tensor, "shared", False):
+            return False  # the last stage's copy of a tied embedding
+        return self._tp_rank == 0 or hasattr(parameter.tensor, "canonical_split")
+
+    def _share(self, parameter: CanonicalParameter) -> LocalShare | None:
+        tensor = parameter.tensor
+        if self._is_sharded:
+            place = self._megatron.model_param_group_index_map.get(tensor)
+            if place is None:
+                return None
+            group, order = place
+            span = self._megatron._get_model_param_range_map(tensor)["param"]
+            return LocalShare(span.start, self._torch.param_groups[group]["params"][order])
+        return LocalShare(0, getattr(tensor, "main_param", tensor))
