@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "deepspeed", "transformers", "mlflow", "numpy")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "mlflow", "numpy")
 
 
 def quartiles(values: list[float]) -> dict[str, float]:

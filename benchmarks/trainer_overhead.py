@@ -126,7 +126,7 @@ class _Comparison:
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, self.config.optimizer),
-            config=deepspeed_settings(self.config, self.size),
+            config=deepspeed_settings(self.config),
             dist_init_required=False,
         )
         return engine

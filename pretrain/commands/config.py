@@ -91,18 +91,17 @@ def _engine_settings(config: Config) -> str:
 
 def _pipeline_cut(config: Config) -> list[dict[str, Any]]:
     """The chunks in model order, each with its rank, its layers and its share of the forward FLOPs."""
-    from pretrain.engines.build import megatron_stages
-    from pretrain.models.hybrid.cost import end_costs, layer_costs
+    from pretrain.engines.build import megatron_stages, sequence_length
     from pretrain.parallel.pipeline import stage_cost
 
     ranks = megatron_stages(config)
-    ends = end_costs(config.model)
-    costs = layer_costs(config.model, config.data.sequence_length)
+    ends = config.model.end_costs()
+    costs = config.model.layer_costs(sequence_length(config))
     total = sum(costs) + sum(ends)
     return [
         {
             "rank": rank,
-            "layers": f"{stage.first} to {stage.stop - 1}",
+            "layers": f"{stage.first}-{stage.stop - 1}",
             "holds": [name for name in ("embedding", "head") if getattr(stage, f"has_{name}")],
             "share_of_cost": round(stage_cost(stage, costs, ends) / total, 4),
         }

@@ -120,16 +120,20 @@ def _sequence_parallel_has_ranks(sequence_parallel: bool, tensor: int) -> Iterat
         )
 
 
+_SPLITTABLE: Final = ("num_layers", "width", "parallel_violations", "layer_costs", "end_costs")
+"""What the configuration class of a model that Megatron-Core can train offers besides ``build(layers, stage)``."""
+
+
 def _model_can_be_split(
     name: str, model: Any, tensor: int, sequence_parallel: bool, sequence_length: Any
 ) -> Iterator[Violation]:
-    if not hasattr(model, "parallel_violations") or not hasattr(model, "num_layers"):
+    if missing := [name for name in _SPLITTABLE if not hasattr(model, name)]:
         what = model.target if isinstance(model, ForeignComponent) else type(model).__qualname__
         yield Violation(
             "engine.name",
             name,
             f"an engine that can train model {what}: Megatron-Core needs a model built from parallel layers, whose"
-            " configuration class says so with num_layers and parallel_violations",
+            f" configuration class says so with {', '.join(_SPLITTABLE)}; it lacks {', '.join(missing)}",
             "engine=deepspeed trains any model",
         )
         return

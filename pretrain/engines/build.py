@@ -31,20 +31,23 @@ def build_engine(config: Config, device: torch.device) -> Engine:
 
 def megatron_stages(config: Config) -> list[list[Stage]]:
     """The stages of each pipeline rank, in the order of its chunks."""
-    from pretrain.models.hybrid.cost import end_costs, layer_costs
     from pretrain.parallel.pipeline import pipeline_stages
 
     assert isinstance(config.engine, MegatronConfig)
     model, engine = config.model, config.engine
-    length = getattr(config.data, "sequence_length", None) or model.max_sequence_length or 1
     return pipeline_stages(
         model.num_layers,
-        layer_costs(model, length),
-        end_costs(model),
+        model.layer_costs(sequence_length(config)),
+        model.end_costs(),
         engine.pipeline_parallel,
         engine.virtual_pipeline,
         engine.pipeline_split,
     )
+
+
+def sequence_length(config: Config) -> int:
+    """Tokens of a training sequence, for costs; data that does not tell counts as short."""
+    return getattr(config.data, "sequence_length", None) or 1
 
 
 def _initialised(model: nn.Module, config: Config) -> nn.Module:

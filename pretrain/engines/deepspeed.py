@@ -33,6 +33,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
         assert isinstance(config.engine, DeepSpeedConfig)
         _prepare(model, config)
+        num_parameters = sum(p.tensor.numel() for p in canonical_parameters(model))
         deepspeed = import_deepspeed(device.type)
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
@@ -52,7 +53,8 @@ class DeepSpeedEngine:
         self._stage = config.engine.zero_stage
         self.module = None if self._stage == 3 else self._model
         self._clip_norm = config.train.clip_grad_norm
-        self._state = DeepSpeedState(self._engine, self._stage, self.dp_rank)
+        self.num_parameters = num_parameters
+        self._state = DeepSpeedState(self._engine, self._stage, self.dp_rank, self.dp_size)
         if masters is not None:
             self._state.set_masters(masters)
 

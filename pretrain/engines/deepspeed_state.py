@@ -28,10 +28,11 @@ class DeepSpeedState:
         RuntimeError: the installed DeepSpeed keeps its partitions in a way this release does not know.
     """
 
-    def __init__(self, engine: Any, stage: int, dp_rank: int) -> None:
+    def __init__(self, engine: Any, stage: int, dp_rank: int, dp_size: int) -> None:
         self._module: nn.Module = engine.module
         self._stage = stage
         self._dp_rank = dp_rank
+        self._dp_size = dp_size
         self._partitions = partitions(engine.optimizer, stage, dp_rank)
 
     def export(self) -> Iterator[Fragment]:
@@ -41,11 +42,10 @@ class DeepSpeedState:
                 yield from _cut(parameter, "weight", *self._frozen(parameter))
                 continue
             share = self._partitions.share(parameter)
-            if share is None or (self._stage == 0 and self._dp_rank != 0):
+            if share is None:
                 continue
-            yield from _cut(parameter, "master", share.start, share.master)
-            for slot, values in self._flat_slots(share):
-                yield from _cut(parameter, slot, share.start, values)
+            for slot, values in (("master", share.master), *self._flat_slots(share)):
+                yield from _cut(parameter, slot, *(self._dealt(values) if self._stage == 0 else (share.start, values)))
         if self._dp_rank == 0:
             for name, buffer in canonical_buffers(self._module):
                 shape = tuple(buffer.shape)
@@ -113,8 +113,12 @@ class DeepSpeedState:
         """First flat element and values that this rank answers for of a parameter that is not trained."""
         if isinstance(self._partitions, ShardedParameters):
             return self._partitions.weight(parameter)
-        flat = parameter.tensor.data.reshape(-1)
-        return 0, flat if self._dp_rank == 0 else flat[:0]
+        return self._dealt(parameter.tensor.data.reshape(-1))
+
+    def _dealt(self, replica: Tensor) -> tuple[int, Tensor]:
+        """This rank's equal part of what every rank holds: first element and values."""
+        start, stop = (len(replica) * rank // self._dp_size for rank in (self._dp_rank, self._dp_rank + 1))
+        return start, replica[start:stop]
 
     def _flat_slots(self, share: LocalShare) -> Iterator[tuple[str, Tensor]]:
         state = self._partitions.optimizer.state.get(share.state_key, {})

@@ -152,11 +152,17 @@ class MegatronEngine:
         def forward_step(batches: Iterator[Batch], wrapped: Any) -> tuple[Tensor, Callable[..., Any]]:
             chunk: PipelineChunk = wrapped.module
             try:
-                output = loss(StageModel(wrapped, chunk), next(batches))
+                output = loss(StageModel(wrapped, chunk, split_vocabulary), next(batches))
             except StageOutput as stage_output:
                 return stage_output.hidden_LBD, _no_loss
             return output.loss_sum / denominator, lambda scaled: (scaled, zero_tokens(self.device), output)
 
+        split_vocabulary = getattr(loss, "vocabulary_parallel", False)
+        if "tokens" not in microbatches[0]:
+            raise ValueError(
+                f"data: engine megatron takes the sequence length from the array 'tokens' [batch, length], found "
+                f"{sorted(microbatches[0])}; name it so, or choose engine=deepspeed"
+            )
         rows, length = microbatches[0]["tokens"].shape
         iterators = [iter(microbatches) for _ in self._chunks]
         return list(

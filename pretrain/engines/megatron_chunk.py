@@ -57,27 +57,33 @@ class PipelineChunk(nn.Module):
 class StageModel:
     """The model as an objective calls it, on one stage.
 
+    Logits are gathered over tensor-parallel ranks, so that any objective sees the whole vocabulary, unless the
+    objective says that it works on shards (``split_vocabulary``).
+
     Raises (on calling):
         StageOutput: the stage has no head.
     """
 
-    def __init__(self, wrapped: Any, chunk: PipelineChunk) -> None:
+    def __init__(self, wrapped: Any, chunk: PipelineChunk, split_vocabulary: bool) -> None:
         self._wrapped = wrapped
         self._chunk = chunk
+        shard = getattr(chunk.module, "vocabulary", None)
+        self.vocabulary: Any = shard if split_vocabulary else None
+        """How the logits are split over tensor-parallel ranks; None: they are whole."""
+        self._gathers = shard is not None and not split_vocabulary
 
     @property
     def training(self) -> bool:
         return self._chunk.training
 
-    @property
-    def vocabulary(self) -> Any:
-        """How logits are split over tensor-parallel ranks."""
-        return getattr(self._chunk.module, "vocabulary", None)
-
     def __call__(self, *arguments: Any) -> Tensor:
         output = self._wrapped(*arguments)
         if not self._chunk.stage.has_head:
             raise StageOutput(output)
+        if self._gathers:
+            from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+            return gather_from_tensor_model_parallel_region(output)
         return output
 
 

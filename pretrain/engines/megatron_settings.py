@@ -1,8 +1,8 @@
 """Our configuration as the fields of Megatron-Core's own configuration objects. Torch-free.
 
 Blocks: ``parallel`` goes to ``parallel_state.initialize_model_parallel``, ``transformer`` to ``TransformerConfig``,
-``ddp`` to ``DistributedDataParallelConfig`` and ``optimizer`` to ``OptimizerConfig``. Data types are written as ``fp32``
-and ``bf16`` here.
+``ddp`` to ``DistributedDataParallelConfig`` and ``optimizer`` to ``OptimizerConfig``. Data types are written here as
+``fp32`` and ``bf16``.
 """
 
 from __future__ import annotations

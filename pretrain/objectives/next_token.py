@@ -22,6 +22,9 @@ class NextTokenObjective:
     under ``torch.no_grad`` stays the pure cross-entropy, so that it converts to bits per byte.
     """
 
+    vocabulary_parallel = True
+    """Computed on each tensor-parallel rank's part of the logits; engines gather them for objectives without this."""
+
     def __init__(self, z_loss: float = 0.0) -> None:
         self.z_loss = z_loss
 

@@ -134,29 +134,31 @@ class CheckpointCallback(Callback):
         return self._pending is not None and self._pending.save.ready()
 
     def on_background_done(self, trainer: Trainer) -> None:
-        self._publish(trainer)
+        self.publish(trainer)
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train
         if train.checkpoint_interval and record.step % train.checkpoint_interval == 0:
-            self._save(trainer, behind=train.async_checkpoints and record.step < train.steps)
+            self.save(trainer, behind=train.async_checkpoints and record.step < train.steps)
 
     def after_validation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        if self._rank == 0 and trainer.config.train.keep_best:
+        # Also where keep_best is 0: it may be raised when the run is continued.
+        if self._rank == 0:
             self._store.record_score(trainer.state.step, metrics["validation_loss"])
             self._prune(trainer)
 
     def on_common_failure(self, trainer: Trainer) -> None:
-        self._publish(trainer)
+        self.publish(trainer)
 
     def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
-        self._publish(trainer)
+        self.publish(trainer)
         if self._saved_step != trainer.state.step:
-            self._save(trainer, behind=False)
+            self.save(trainer, behind=False)
         return False
 
-    def _save(self, trainer: Trainer, behind: bool) -> None:
-        self._publish(trainer)
+    def save(self, trainer: Trainer, behind: bool) -> None:
+        """Save now, ``behind`` training's back or while it waits; an earlier save is published first."""
+        self.publish(trainer)
         started = time.perf_counter()
         save = Save(
             self._store,
@@ -181,7 +183,7 @@ class CheckpointCallback(Callback):
             self._record(trainer, save.write(trainer.engine.export_state(), training), started, started, 0.0)
         self._saved_step = save.step
 
-    def _publish(self, trainer: Trainer) -> None:
+    def publish(self, trainer: Trainer) -> None:
         """Publish the save that is under way, if any; waits for ranks that still write."""
         if self._pending is None:
             return

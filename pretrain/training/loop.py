@@ -37,6 +37,22 @@ class StepStream(Protocol):
     def close(self) -> None: ...
 
 
+class KeyedLoss:
+    """The objective, with torch's generators keyed by (seed, first global sample of the micro-batch).
+
+    So a model that draws from them (dropout) repeats its draws when a run is continued, on any number of ranks.
+    """
+
+    def __init__(self, objective: Any, seed: int) -> None:
+        self._objective = objective
+        self._seed = seed
+        self.vocabulary_parallel = getattr(objective, "vocabulary_parallel", False)
+
+    def __call__(self, model: Callable[..., torch.Tensor], batch: Batch) -> Any:
+        torch.manual_seed(keyed_seed(self._seed, "training", int(batch[SAMPLE_IDS][0])))
+        return self._objective(model, batch)
+
+
 class Trainer:
     """Runs optimizer steps from ``state.step`` up to ``config.train.steps``.
 
@@ -58,6 +74,7 @@ class Trainer:
         self.config = config
         self.engine = engine
         self.objective = objective
+        self._loss = KeyedLoss(objective, config.run.seed)
         self.state = state
         self.callbacks = list(callbacks)
         self.host_batches: list[Batch] = []  # this rank's micro-batches of the latest step
@@ -102,14 +119,6 @@ class Trainer:
         """Whether any rank was asked to stop; every rank must ask at the same point."""
         return all_reduce_floats([float(self._stop.requested)])[0] > 0
 
-    def _keyed_loss(self, model: Callable[..., torch.Tensor], batch: Batch) -> Any:
-        """The objective, with torch's generators keyed by (seed, first global sample of the micro-batch).
-
-        So a model that draws from them (dropout) repeats its draws when a run is continued, on any number of ranks.
-        """
-        torch.manual_seed(keyed_seed(self.config.run.seed, "training", int(batch[SAMPLE_IDS][0])))
-        return self.objective(model, batch)
-
     def _check_metric_names(self, metrics: dict[str, float]) -> None:
         """Once: sums over ranks need the same metrics on all of them."""
         if self._metric_names is None:
@@ -150,7 +159,7 @@ class Trainer:
                 f"Step {self.state.step + 1}: the global batch holds no target token; check the data set's loss mask"
             )
         rate = learning_rate(self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step)
-        result = self.engine.train_step(batches, self._keyed_loss, denominator, rate)
+        result = self.engine.train_step(batches, self._loss, denominator, rate)
         self._check_metric_names(result.metrics)
 
         memory = (

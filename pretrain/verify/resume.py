@@ -142,16 +142,20 @@ def _compare_layouts(
         say(f"identical: {gap.steps} steps after the move: sample ids, loss, gradient norm and every tensor")
         return True
     say(
-        f"within tolerance: {gap.steps} steps after the move: sample ids equal; loss at most {gap.loss:.1e} apart "
-        f"(step {gap.loss_step}; tolerance {tolerance.loss:.0e}), gradient norm {gap.grad_norm:.1e} relative "
-        f"(step {gap.grad_norm_step}; tolerance {tolerance.grad_norm:.0e}); whole state bit for bit equal at "
-        f"{gap.state_bitwise_steps} of {gap.steps} steps"
+        f"within tolerance: {gap.steps} steps after the move: sample ids equal; "
+        f"loss {_distance(gap.loss, gap.loss_step, tolerance.loss)}; "
+        f"gradient norm {_distance(gap.grad_norm, gap.grad_norm_step, tolerance.grad_norm)}, relative; "
+        f"whole state bit for bit equal at {gap.state_bitwise_steps} of {gap.steps} steps"
     )
     return True
 
 
 def _state_at(trace: AttemptTrace, step: int) -> Moment:
     return trace.steps[step] if step else trace.start
+
+
+def _distance(largest: float, step: int, tolerance: float) -> str:
+    return f"at most {largest:.1e} apart (step {step}; tolerance {tolerance:.0e})" if largest else "equal"
 
 
 def _tensors(trace: AttemptTrace) -> str:

@@ -246,3 +246,36 @@ def test_ranks_publish_every_checkpoint_together(tmp_path: Path, worker_pools: A
         check_content(store.path(step))
     assert len(CheckpointReader(store.path(7)).manifest.files) == 2
     assert torch.equal(CheckpointReader(store.path(7)).tensor("w", "master"), state_at(7))
+
+
+def test_the_best_by_validation_stay_and_are_known_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 10: 1.5}
+
+    def evaluate(engine: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {"validation_loss": losses[engine.step]}
+
+    monkeypatch.setattr(callbacks, "evaluate", evaluate)
+    store = CheckpointStore(tmp_path)
+
+    def run(first: int, last: int) -> None:
+        evaluation = callbacks.EvaluationCallback(Log(), None)
+        toy_trainer(
+            tmp_path,
+            Log(),
+            engine=ToyEngine(0, 1, first),
+            more=[evaluation],
+            steps=last,
+            checkpoint_interval=2,
+            eval_interval=2,
+            keep_checkpoints=1,
+            keep_best=2,
+        ).run()
+
+    run(0, 8)
+    assert store.steps() == [4, 6, 8]  # 8 is the newest
+    run(8, 10)
+    # The last validation comes after the last save, and still counts: 10 takes the place of 6.
+    assert store.steps() == [4, 10]
+    assert store.scores() == losses

@@ -1,4 +1,4 @@
-"""Real processes killed in the middle of asynchronous saves: a whole checkpoint is always chosen, and training goes on."""
+"""Real processes killed in the middle of asynchronous saves: a whole checkpoint is always chosen, training goes on."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def run_until_a_rank_dies(root: Path, victim: int, die_at: int) -> None:
     ]
     for process in processes:
         process.start()
-    wait([process.sentinel for process in processes], timeout=120)
+    wait([process.sentinel for process in processes], timeout=300)
     for process in processes:
         if process is not processes[victim]:
             process.kill()
-        process.join(120)
+        process.join(300)
     assert processes[victim].exitcode == -signal.SIGKILL
 
 

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_every_split_reads_every_other(move: tuple[Tensor, Cut, list[int], Cut, 
             Fragment("w", "master", tuple(tensor.shape), a, values[a:b], shard) for a, b in itertools.pairwise(places)
         ]
         ranks += [[piece] for piece in reversed(pieces)]
-    with TemporaryDirectory() as folder:
+    # Nothing crashes here: syncing hundreds of files would only take time.
+    with TemporaryDirectory() as folder, mock.patch("os.fsync"):
         reader = CheckpointReader(save_by_ranks(Path(folder), 1, ranks))
         assert torch.equal(reader.tensor("w", "master"), tensor)
         assert torch.equal(reader.read("w", "master", first, last), tensor.reshape(-1)[first:last])

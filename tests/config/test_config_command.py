@@ -96,10 +96,10 @@ def test_show_engine_prints_megatrons_objects_and_the_cut(tiny: list[str], capsy
     assert blocks["optimizer"]["clip_grad"] == float("inf")
     cut = blocks["pipeline"]
     assert [(chunk["rank"], chunk["layers"], chunk["holds"]) for chunk in cut] == [
-        (0, "0 to 0", ["embedding"]),
-        (1, "1 to 1", []),
-        (0, "2 to 2", []),
-        (1, "3 to 3", ["head"]),
+        (0, "0-0", ["embedding"]),
+        (1, "1-1", []),
+        (0, "2-2", []),
+        (1, "3-3", ["head"]),
     ]
     assert sum(chunk["share_of_cost"] for chunk in cut) == pytest.approx(1, abs=1e-3)
     # The head of 4,096 rows of 32 outweighs any layer of so small a model: 2 x 32 x 4096 FLOPs a token.

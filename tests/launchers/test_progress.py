@@ -38,7 +38,7 @@ def _write_some(run: RunDir, attempt: int = 1) -> None:
         log.write("train", 2, metrics=TRAIN)
         log.write("eval", 2, metrics={"validation_loss": 3.5, "validation_bits_per_byte": 1.75})
         log.write("sample", 2, prompt="def ", text="[bold]f[/bold]:\n    pass")
-        log.write("checkpoint", 2, path="step_00000002", seconds=0.25)
+        log.write("checkpoint", 2, path="step_00000002", seconds=0.25, stall_s=0.03)
         log.write("custom", 2, note="hello")
 
 
@@ -60,7 +60,7 @@ def test_plain_lines_one_an_event_without_markup(run: RunDir) -> None:
     assert "(data 0.040 forward 0.100 backward 0.200 optimizer 0.060)  memory 1.50 GiB  ETA 0:04" in lines[3]
     assert lines[5] == "step 2/10  validation loss 3.5000  validation bits per byte 1.7500"
     assert lines[6] == "step 2/10  sample: 'def ' -> '[bold]f[/bold]:\\n    pass'"
-    assert lines[7] == "step 2/10  checkpoint saved in 0.2 s: step_00000002"
+    assert lines[7] == "step 2/10  checkpoint saved in 0.2 s (training stood still for 0.03 s): step_00000002"
     assert lines[9] == "step 2/10  interrupted: SIGTERM"
     assert "\x1b" not in stream.getvalue()
 

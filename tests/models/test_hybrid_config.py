@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models.hybrid.config import HybridConfig
-from pretrain.models.hybrid.cost import end_costs, layer_costs, model_cost
+from pretrain.models.hybrid.cost import model_cost
 from pretrain.parallel.layers import TorchLayers
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -96,10 +96,10 @@ def test_cost_matches_the_module_and_the_flop_counter(changes):
 
 
 def test_costs_of_layers_and_ends_add_up_to_the_model():
-    costs = layer_costs(SMALL, 64)
+    costs = SMALL.layer_costs(64)
     assert len(costs) == SMALL.num_layers == 4
     assert costs[1] == costs[3] != costs[0]
-    assert sum(costs) + sum(end_costs(SMALL)) == model_cost(SMALL, 64).flops_per_token
+    assert sum(costs) + sum(SMALL.end_costs()) == model_cost(SMALL, 64).flops_per_token
 
 
 # ---- layouts

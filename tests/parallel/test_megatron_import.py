@@ -14,7 +14,9 @@ from pretrain.parallel.megatron_import import MegatronVersionError, check_versio
 
 
 def in_fresh_process(program: str) -> Any:
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

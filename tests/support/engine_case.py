@@ -6,6 +6,7 @@ Samples hold unequal numbers of targets, so that micro-batches and ranks do too.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pretrain.parallel.process import gather_objects
 
 GLOBAL_BATCH = 8
 LENGTH = 5
-NUM_STEPS = 20
+NUM_STEPS = 20 if os.environ.get("PRETRAIN_FULL_MATRIX") == "1" else 8
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Case:
 
     @property
     def micro_batch(self) -> int:
-        """Rows, such that every rank has at least two micro-batches a step."""
-        return 1 if self.size == 4 else 2
+        """Rows, such that every rank has two micro-batches a step."""
+        return GLOBAL_BATCH // (2 * self.size)
 
     def config(self) -> Config:
         extra: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.logical import logical_tensors
 from torch import nn
 
 from pretrain.checkpoint.reader import CheckpointReader
@@ -30,7 +31,6 @@ from pretrain.objectives.config import NextTokenConfig
 from pretrain.optim.build import build_optimizer
 from pretrain.parallel.layers import TorchLayers
 from pretrain.parallel.process import all_reduce_floats, gather_objects
-from support.logical import logical_tensors
 
 VOCABULARY = 64
 GLOBAL_BATCH = 8

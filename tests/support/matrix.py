@@ -36,6 +36,17 @@ def pairwise(cases: Sequence[Case], always: Sequence[Case] = ()) -> list[Case]:
     return [case for case in cases if case in chosen]
 
 
+def rotating(cases: Sequence[Case], count: int, always: Sequence[Case] = ()) -> list[Case]:
+    """``count`` of ``cases``, those in ``always`` among them; the order is that of ``cases``."""
+    assert all(case in cases for case in always), f"{always} must be among the cases"
+    if os.environ.get("PRETRAIN_FULL_MATRIX") == "1":
+        return list(cases)
+    others = [case for case in cases if case not in always]
+    random.Random(_seed()).shuffle(others)
+    chosen = [*always, *others[: max(0, count - len(always))]]
+    return [case for case in cases if case in chosen]
+
+
 def _pairs(case: Case) -> set[tuple[Any, ...]]:
     if len(case) == 1:
         return {(0, repr(case[0]))}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import random
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -68,11 +70,18 @@ def _free_port() -> int:
             return port
 
 
+def _die_with_parent() -> None:
+    """A killed test run must not leave workers behind that wait for each other and eat the machine (Linux only)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch
 
     from pretrain.parallel.process import ProcessEnvironment, join_process_group
 
+    _die_with_parent()
     torch.set_num_threads(1)
     join_process_group(ProcessEnvironment(rank, size, rank, 0, 1, "127.0.0.1", port, 1), torch.device("cpu"))
     while True:

@@ -79,13 +79,15 @@ def sabotage(folder: Path, *, call: int, rank: int, victim: str, armed: bool) ->
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_killed_run_resumes_bit_for_bit(start: Any, tmp_path: Path, precision: str) -> None:
     # Each rank sees two micro-batches a step: call 10 is in the fifth step, two steps after the checkpoint.
-    overrides = sabotage(tmp_path, call=10, rank=1, victim="rank", armed=True)
+    # Synchronous, so that the checkpoint is there for certain when the kill comes.
+    overrides = [*sabotage(tmp_path, call=10, rank=1, victim="rank", armed=True), "train.async_checkpoints=false"]
     killed, run = start("killed", *overrides, f"train.precision={precision}")
     assert killed.returncode == 128 + 9, killed.stderr
     assert "rank 1 ended with code 137" in killed.stderr
     assert max(run.losses()) == 4
     resumed = pretrain("resume", run.path)
     assert resumed.returncode == 0, resumed.stderr
+    assert "continuing after step 3" in resumed.stdout
     undisturbed, twin = start("undisturbed", *overrides, f"train.precision={precision}")
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert list(run.losses()) == list(range(1, 9))

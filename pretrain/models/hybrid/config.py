@@ -148,6 +148,16 @@ class HybridConfig:
             fix = f"set the sequence length to {larger}, or sequence_parallel to false"
             yield "sequence_length", sequence_length, f"must be a multiple of {ranks} with sequence_parallel", fix
 
+    def layer_costs(self, sequence_length: int) -> list[float]:
+        """Forward FLOPs per token of each layer, first layer first, for balancing pipeline stages."""
+        from pretrain.models.hybrid.cost import layer_cost
+
+        return [layer_cost(self, symbol, sequence_length).flops_per_token for symbol in self.pattern]
+
+    def end_costs(self) -> tuple[float, float]:
+        """Forward FLOPs per token of the embedding (a lookup: none) and of the head."""
+        return 0.0, 2.0 * self.width * self.vocab_size
+
     def build(self, layers: ParallelLayers, stage: Stage | None = None) -> HybridLM:
         """Construct the module, or one pipeline stage of it; call its ``reset_parameters(seed)`` before training.
 

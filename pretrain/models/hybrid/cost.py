@@ -28,16 +28,6 @@ def layer_cost(config: HybridConfig, symbol: str, sequence_length: int) -> Cost:
     return norm_cost(config.width) + mixer
 
 
-def layer_costs(config: HybridConfig, sequence_length: int) -> list[float]:
-    """Forward FLOPs per token of each layer, first layer first."""
-    return [layer_cost(config, symbol, sequence_length).flops_per_token for symbol in config.pattern]
-
-
-def end_costs(config: HybridConfig) -> tuple[float, float]:
-    """Forward FLOPs per token of the embedding (a lookup: none) and of the head."""
-    return 0.0, linear_cost(config.width, config.vocab_size).flops_per_token
-
-
 def model_cost(config: HybridConfig, sequence_length: int) -> Cost:
     """Cost of the whole model: embedding (no FLOPs), layers, final norm and output head."""
     total = Cost(config.vocab_size * config.width, 0) + norm_cost(config.width)
