@@ -8,6 +8,7 @@ classes, initialisation, loss normalisation and checkpoints are this platform's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import prod
 from typing import Any
@@ -58,8 +59,7 @@ class MegatronEngine:
         assert isinstance(config.engine, MegatronConfig)
         self.device = device
         self._settings = settings = _with_dtypes(megatron_settings(config))
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
+        _leave_groups(parallel_state)
         parallel_state.initialize_model_parallel(**settings["parallel"], create_gloo_process_groups=False)
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -70,7 +70,8 @@ class MegatronEngine:
 
         settings["transformer"]["use_cpu_initialization"] = device.type == "cpu"
         self._megatron_config = megatron_config = TransformerConfig(**settings["transformer"])
-        layers = MegatronLayers(megatron_config)
+        # Built in FP32 whatever the precision: masters start from initial values that were not rounded.
+        layers = MegatronLayers(replace(megatron_config, params_dtype=torch.float32))
         modules = [build_model(layers, stage) for stage in stages[pipeline_rank]]
         for module in modules:
             set_activation_checkpointing(module, config.train.activation_checkpointing)
@@ -195,6 +196,16 @@ class MegatronEngine:
     def _param_groups(self) -> Iterator[dict[str, Any]]:
         parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         return chain.from_iterable(part.optimizer.param_groups for part in parts)
+
+
+def _leave_groups(parallel_state: Any) -> None:
+    """Leave the groups of an engine built before in this process: each gloo group keeps a thread that polls."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        torch.distributed.destroy_process_group(group)
 
 
 def _count_parameters(modules: Sequence[nn.Module], dp_rank: int, tp_rank: int) -> int:

@@ -24,7 +24,7 @@ def pretrain(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedPr
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
