@@ -4,7 +4,7 @@
 
 A transformer of 21 million parameters (252 MB of state) trains on random tokens with the DeepSpeed engine, ZeRO stage
 1. Each round has a block of steps without a save, one that begins with a synchronous save, one that begins with an
-asynchronous save, and one plain write: every rank writes as many bytes as its file has, in pieces of 8 MiB, with fsync.
+asynchronous save, and one plain write: every rank writes the bytes of its file again, in pieces of 8 MiB, with fsync.
 
 - stall: seconds for which training stands still for a save, as a share of a step;
 - cost: seconds by which the whole block becomes longer, which includes what the background thread takes from the
@@ -200,6 +200,7 @@ def _turns(checkpoints: Any, log: _Events, plain: Path, block_steps: int) -> Any
     """A callback that measures block after block: warm-up, then none, sync, async in turn."""
     import torch.distributed as dist
 
+    from pretrain.checkpoint.rank_file import rank_file_name
     from pretrain.training.callback import Callback
 
     class Turns(Callback):
@@ -222,6 +223,7 @@ def _turns(checkpoints: Any, log: _Events, plain: Path, block_steps: int) -> Any
             self.mode = self.modes[(record.step // block_steps - 1) % len(self.modes)]
             if self.mode == "none":
                 self.rounds.append({})
+            os.sync()  # what earlier blocks left to write or delete is not this one's
             dist.barrier()
             self.started = time.perf_counter()
             if self.mode != "none":
@@ -239,15 +241,17 @@ def _turns(checkpoints: Any, log: _Events, plain: Path, block_steps: int) -> Any
             figures[f"{mode}_write_s"] = log.latest["write_s"]
             figures["bytes"] = log.latest["bytes"]
             if mode == "async":
-                figures["plain_s"] = self._plain_write(log.latest["bytes"] // dist.get_world_size())
+                figures["plain_s"] = self._plain_write(Path(log.latest["path"]) / rank_file_name(dist.get_rank()))
 
-        def _plain_write(self, num_bytes: int) -> float:
-            piece = os.urandom(_PIECE)
+        def _plain_write(self, source: Path) -> float:
+            # The same bytes, from memory: a disk may treat zeros, as in moments of unseen tokens, in its own way.
+            content = memoryview(source.read_bytes())
+            os.sync()
             dist.barrier()
             started = time.perf_counter()
             with open(plain, "wb", buffering=0) as stream:
-                for done in range(0, num_bytes, _PIECE):
-                    stream.write(piece[: num_bytes - done])
+                for done in range(0, len(content), _PIECE):
+                    stream.write(content[done : done + _PIECE])
                 os.fsync(stream.fileno())
             dist.barrier()
             seconds = time.perf_counter() - started

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +11,9 @@ from torch import nn
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.schema import Config, DeepSpeedConfig
+from pretrain.engines.activation_checkpointing import set_activation_checkpointing
 from pretrain.engines.base import Batch, LossFunction, StepResult
+from pretrain.engines.clock import Clock
 from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
@@ -65,7 +66,7 @@ class DeepSpeedEngine:
         self._model.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         # DeepSpeed averages gradients over data-parallel ranks; ours is a sum over one global denominator.
         scale = self.dp_size / denominator
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -126,48 +127,9 @@ def _prepare(model: nn.Module, config: Config) -> None:
             f"model: parameters without a dimension, which DeepSpeed cannot flatten: {', '.join(scalars)}; "
             "give them the shape [1]"
         )
-    if config.train.activation_checkpointing == "layers":
-        if not hasattr(model, "activation_checkpointing"):
-            raise ValueError(
-                f"train.activation_checkpointing: found layers, but {type(model).__name__} has no attribute "
-                "activation_checkpointing by which it could be told to compute its layers again in the backward pass; "
-                "give it one that its forward pass honours, or set train.activation_checkpointing=none"
-            )
-        model.activation_checkpointing = True  # type: ignore[assignment]
+    set_activation_checkpointing(model, config.train.activation_checkpointing)
 
 
 def _full_precision_values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Initial FP32 values by module name; DeepSpeed rounds to bf16 into new memory, so this keeps the old one alive."""
     return {p.module_name: p.tensor.detach() for p in canonical_parameters(model) if p.tensor.requires_grad}
-
-
-class _Clock:
-    """Wall time per phase: host clock on CPU, events on CUDA so that timing never waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, phase: str) -> None:
-        self._marks.append((phase, self._now()))
-
-    def seconds(self) -> dict[str, float]:
-        if self._cuda:
-            torch.cuda.synchronize()
-        totals: dict[str, float] = {}
-        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(before, float) and isinstance(after, float):
-                elapsed = after - before
-            else:
-                assert not isinstance(before, float)
-                assert not isinstance(after, float)
-                elapsed = before.elapsed_time(after) / 1e3
-            totals[phase] = totals.get(phase, 0.0) + elapsed
-        return totals

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
-from pretrain.checkpoint.reader import CheckpointReader, check_model, load_weights, weight_slot
+from pretrain.checkpoint.reader import CheckpointReader, check_model, load_weights
 from pretrain.engines.deepspeed_partitions import LocalShare, ShardedParameters, partitions
+from pretrain.engines.flat_state import cut, paste
 from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
 from pretrain.parallel.shard import Shard
 
@@ -39,13 +40,13 @@ class DeepSpeedState:
         """Fragments of this rank: masters, every flat optimizer slot, frozen weights, buffers."""
         for parameter in canonical_parameters(self._module):
             if not parameter.tensor.requires_grad:
-                yield from _cut(parameter, "weight", *self._frozen(parameter))
+                yield from cut(parameter, "weight", *self._frozen(parameter))
                 continue
             share = self._partitions.share(parameter)
             if share is None:
                 continue
             for slot, values in (("master", share.master), *self._flat_slots(share)):
-                yield from _cut(parameter, slot, *(self._dealt(values) if self._stage == 0 else (share.start, values)))
+                yield from cut(parameter, slot, *(self._dealt(values) if self._stage == 0 else (share.start, values)))
         if self._dp_rank == 0:
             for name, buffer in canonical_buffers(self._module):
                 shape = tuple(buffer.shape)
@@ -76,17 +77,17 @@ class DeepSpeedState:
             if not parameter.tensor.requires_grad:
                 if isinstance(parts, ShardedParameters):
                     start, piece = parts.weight(parameter)
-                    _paste(parameter, start, piece, reader, None)
+                    paste(parameter, start, piece, reader, None)
                 continue
             share = parts.share(parameter)
             if share is None:
                 continue
             # At stage 0 the master is the weight itself, which is loaded by now.
             if self._stage:
-                _paste(parameter, share.start, share.master, reader, None)
+                paste(parameter, share.start, share.master, reader, None)
             if scalars[STEP] > 0:
                 for slot, values in self._flat_slots(share):
-                    _paste(parameter, share.start, values, reader, slot)
+                    paste(parameter, share.start, values, reader, slot)
         if isinstance(parts, ShardedParameters):
             parts.weights_from_masters()
 
@@ -125,28 +126,3 @@ class DeepSpeedState:
         for slot, value in state.items():
             if torch.is_tensor(value) and value.shape == share.state_key.shape:
                 yield slot, value.view(-1)[share.offset : share.offset + share.master.numel()]
-
-
-def _cut(parameter: CanonicalParameter, slot: str, start: int, values: Tensor) -> Iterator[Fragment]:
-    """Split a flat range of a parameter at the borders of its logical parts."""
-    stop = start + values.numel()
-    for part in parameter.parts:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low < high:
-            yield Fragment(
-                part.name, slot, part.shape, low - part.start, values[low - start : high - start], part.shard
-            )
-
-
-def _paste(
-    parameter: CanonicalParameter, start: int, target: Tensor, reader: CheckpointReader, slot: str | None
-) -> None:
-    """Fill ``target``, a parameter's flat elements from ``start`` on, from the stored parts (slot None: the weight)."""
-    stop = start + target.numel()
-    for part in parameter.parts:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low < high:
-            source = slot or weight_slot(reader, part.name)
-            target[low - start : high - start].copy_(
-                reader.read(part.name, source, low - part.start, high - part.start)
-            )
