@@ -2,8 +2,8 @@
 
     python benchmarks/engines.py [--processes 2] [--rounds 9] [--steps 3]
 
-One engine at a time trains the demo's model (two Mamba-2 groups, so that tensor parallelism can split it) on batches in
-memory. Blocks of steps take turns between ``engine.train_step`` and the same DeepSpeed or Megatron-Core objects called
+One engine at a time trains the demo's model (with even numbers of heads and groups, so that tensor parallelism can
+split it) on batches in memory. Blocks of steps take turns between ``engine.train_step`` and the same DeepSpeed or Megatron-Core objects called
 directly: DeepSpeed's forward, backward and step; Megatron's schedule, gradient finalisation and optimizer. Both compute
 the same losses. A ratio is taken within each round; median and quartiles are reported.
 """
@@ -89,6 +89,7 @@ def _rank(rank: int, port: int, layout: str, arguments: dict[str, Any], results:
             f"data.path={arguments['data']}",
             f"launcher.num_processes={size}",
             "model.mamba_groups=2",
+            "model.mamba_head_dim=80",
             "model.num_heads=4",
             "model.num_kv_heads=2",
             "train.sample_interval=0",
