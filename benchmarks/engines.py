@@ -3,9 +3,10 @@
     python benchmarks/engines.py [--processes 2] [--rounds 9] [--steps 3]
 
 One engine at a time trains the demo's model (with even numbers of heads and groups, so that tensor parallelism can
-split it) on batches in memory. Blocks of steps take turns between ``engine.train_step`` and the same DeepSpeed or Megatron-Core objects called
-directly: DeepSpeed's forward, backward and step; Megatron's schedule, gradient finalisation and optimizer. Both compute
-the same losses. A ratio is taken within each round; median and quartiles are reported.
+split it) on batches in memory. Blocks of steps take turns between ``engine.train_step`` and the same DeepSpeed or
+Megatron-Core objects called directly: DeepSpeed's forward, backward and step; Megatron's schedule, gradient
+finalisation and optimizer. Both compute the same losses. A ratio is taken within each round; median and quartiles are
+reported.
 """
 
 from __future__ import annotations
