@@ -67,11 +67,14 @@ def import_megatron(device_type: str) -> None:
     if device_type == "cuda":
         # Megatron's overlap of sequence-parallel communication relies on one hardware queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    # Advice on libraries that are absent here, and on torch's coming names for collectives: nothing a user can act on.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES]
     assert modules
-    logging.getLogger("megatron").setLevel(logging.WARNING)
     if device_type == "cpu":
         from pretrain.parallel import megatron_cpu
 
