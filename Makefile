@@ -13,7 +13,7 @@ SHELL := /bin/bash
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint install install-dev bench clean
+.PHONY: demo test test-all lint install install-dev bench clean
 
 demo: install
 	$(BIN)/pretrain data prepare stdlib data/stdlib
@@ -21,6 +21,11 @@ demo: install
 
 test: install-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Every layout of both engines with every model, and every move of a checkpoint between layouts, where `make test` takes
+# a subset that changes with the commit: one to two hours on two cores.
+test-all: install-dev
+	OMP_NUM_THREADS=1 PRETRAIN_FULL_MATRIX=1 $(BIN)/python -m pytest tests/engines
 
 lint: install-dev
 	$(BIN)/ruff check .

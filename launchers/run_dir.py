@@ -234,6 +234,13 @@ class RunDir:
         self._record(attempt, "git.json", _to_json(state))
         self._record(attempt, "git.diff", diff)
 
+    def recorded_versions(self, attempt: int) -> dict[str, str]:
+        """Package versions where ``attempt`` was started; empty when there is no record."""
+        for folder in (self.attempt_path(attempt), self.path):
+            with contextlib.suppress(OSError, ValueError):
+                return dict(json.loads((folder / "environment.json").read_text(encoding="utf-8"))["versions"])
+        return {}
+
     def _record(self, attempt: int, file_name: str, text: str) -> None:
         first = self.path / file_name
         try:

@@ -165,26 +165,6 @@ class Save:
         return [value for value, _ in outcomes]
 
 
-def save_checkpoint(
-    store: CheckpointStore,
-    fragments: Iterable[Fragment],
-    training: dict[str, Any],
-    *,
-    step: int,
-    attempt: int,
-    rank: int,
-    gather: Callable[[Any], list[Any]],
-    fence: Callable[[], None],
-) -> Path:
-    """Save synchronously and collectively; returns the final folder. See :class:`Save`.
-
-    Raises:
-        CheckpointSaveError: on every rank, with every rank's reason.
-    """
-    save = Save(store, step=step, attempt=attempt, rank=rank, gather=gather, fence=fence)
-    return save.write(fragments, training).path
-
-
 def _merge(reports: list[_Report], step: int, training: dict[str, Any]) -> Manifest:
     tensors: dict[str, TensorEntry] = {}
     files = {}

@@ -28,6 +28,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from pretrain.commands.report import is_reported
     from pretrain.config.check import check
     from pretrain.config.freeze import Difference, extend
+    from pretrain.training.model_check import check_checkpoint_model
 
     run_dir = RunDir.open(arguments.run_dir)
     # Held before anything is read: a second resume, or a revision added under a running attempt, is refused here.
@@ -46,6 +47,7 @@ def _resume(arguments: argparse.Namespace) -> int:
                 manifest = verify(folder)
             except CorruptCheckpointError as error:
                 raise CorruptCheckpointError(describe_damage(store, folder, [str(error)])) from error
+            check_checkpoint_model(config, folder)
             # A run that was stopped between its last step and its report goes on with validation and report.
             if manifest.step > config.train.steps or (
                 manifest.step == config.train.steps and is_reported(run_dir, config.train.steps)

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--then", nargs="+", action="extend", default=[], metavar="OVERRIDE", help="resume on another layout"
     )
     layout.add_argument(
-        "--layouts", nargs="+", action="extend", metavar="'NAME: OVERRIDES'", help="the first one is the reference"
+        "--layouts",
+        nargs="+",
+        action="extend",
+        metavar="'NAME: OVERRIDES'",
+        help="the first one is the reference; all of them must run",
     )
 
 
@@ -84,8 +88,8 @@ def _resume(arguments: argparse.Namespace, experiment: Experiment, folder: Path)
 def _layout(arguments: argparse.Namespace, experiment: Experiment, folder: Path) -> bool:
     from pretrain.verify.layout import DEFAULT_LAYOUTS, Layout, verify_layout
 
-    layouts = [Layout.parse(text) for text in arguments.layouts] if arguments.layouts else DEFAULT_LAYOUTS
-    return verify_layout(experiment, layouts, arguments.steps, folder, _say)
+    named = [Layout.parse(text) for text in arguments.layouts or ()]
+    return verify_layout(experiment, named or DEFAULT_LAYOUTS, arguments.steps, folder, _say, must_run=bool(named))
 
 
 def _make_folder(keep: Path | None) -> Path:

@@ -158,8 +158,19 @@ def _gather_overlap_has_its_parts(
         )
 
 
-def _sampling_has_a_whole_model(interval: int, tensor: int, pipeline: int) -> Iterator[Violation]:
-    if interval > 0 and tensor * pipeline > 1:
+def _sampling_has_a_whole_model(
+    interval: int, tensor: int, pipeline: int, overlap_gather: bool | None
+) -> Iterator[Violation]:
+    if interval > 0 and overlap_gather:
+        yield Violation(
+            "train.sample_interval",
+            interval,
+            "0 with engine.overlap_param_gather=true: rank 0 alone generates, while each forward pass gathers weights"
+            " from all ranks",
+            "train.sample_interval=0, and `pretrain generate` with a checkpoint of the run; or"
+            " engine.overlap_param_gather=false",
+        )
+    elif interval > 0 and tensor * pipeline > 1:
         yield Violation(
             "train.sample_interval",
             interval,
@@ -173,7 +184,7 @@ def _own_settings_fit(engine: EngineConfig, train: TrainConfig) -> Iterable[Viol
     if isinstance(engine, DeepSpeedConfig):
         return _named("pretrain.engines.deepspeed_settings", "deepspeed_violations")(Config(train=train, engine=engine))
     assert isinstance(engine, MegatronConfig)
-    return [*_version_fits(engine), *_named("pretrain.engines.megatron_settings", "pass_through_violations")(engine)]
+    return [*_version_fits(engine), *_named("pretrain.engines.megatron_settings", "megatron_violations")(engine)]
 
 
 def _version_fits(engine: MegatronConfig) -> Iterator[Violation]:
@@ -218,7 +229,7 @@ ENGINE_RULES: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
         ("engine.overlap_param_gather", "engine.overlap_grad_reduce", "engine.distributed_optimizer"),
         _gather_overlap_has_its_parts,
     ),
-    (("train.sample_interval", *LAYOUT), _sampling_has_a_whole_model),
+    (("train.sample_interval", *LAYOUT, "engine.overlap_param_gather?"), _sampling_has_a_whole_model),
     (("engine", "train"), _own_settings_fit),
 )
 """(paths of the values a rule takes, the rule); a path that ends in ``?`` may be absent and is None then."""

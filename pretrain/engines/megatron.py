@@ -27,7 +27,8 @@ from pretrain.engines.megatron_chunk import PipelineChunk, StageModel, StageOutp
 from pretrain.engines.megatron_settings import megatron_settings
 from pretrain.engines.megatron_state import MegatronState
 from pretrain.optim.build import is_exempt
-from pretrain.parallel.canonical import canonical_parameters
+from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
+from pretrain.parallel.megatron_groups import start_model_parallel
 from pretrain.parallel.megatron_import import import_megatron
 from pretrain.parallel.process import all_reduce_floats, gather_objects
 from pretrain.parallel.stage import Stage
@@ -59,8 +60,7 @@ class MegatronEngine:
         assert isinstance(config.engine, MegatronConfig)
         self.device = device
         self._settings = settings = _with_dtypes(megatron_settings(config))
-        _leave_groups(parallel_state)
-        parallel_state.initialize_model_parallel(**settings["parallel"], create_gloo_process_groups=False)
+        start_model_parallel(**settings["parallel"])
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -119,6 +119,7 @@ class MegatronEngine:
         outputs = self._run(microbatches, loss, denominator, forward_only=False)
         clock.lap("forward_backward")
         _, grad_norm, _ = self._optimizer.step()
+        self._share_buffers()
         clock.lap("optimizer")
         loss_sum, metrics = self._sums(outputs)
         return StepResult(loss_sum=loss_sum, grad_norm=float(grad_norm), metrics=metrics, seconds=clock.seconds())
@@ -193,19 +194,24 @@ class MegatronEngine:
                 metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach()
         return float(total), {name: float(value) for name, value in metrics.items()}
 
+    def _share_buffers(self) -> None:
+        """Running statistics are those of the first rank that holds them, as in torch's DistributedDataParallel."""
+        from megatron.core import parallel_state
+
+        for chunk in self._chunks:
+            for _, buffer in canonical_buffers(chunk.module.module):
+                for source, group in (
+                    (parallel_state.get_data_parallel_src_rank(), parallel_state.get_data_parallel_group()),
+                    (
+                        parallel_state.get_tensor_model_parallel_src_rank(),
+                        parallel_state.get_tensor_model_parallel_group(),
+                    ),
+                ):
+                    torch.distributed.broadcast(buffer, source, group=group)
+
     def _param_groups(self) -> Iterator[dict[str, Any]]:
         parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         return chain.from_iterable(part.optimizer.param_groups for part in parts)
-
-
-def _leave_groups(parallel_state: Any) -> None:
-    """Leave the groups of an engine built before in this process: each gloo group keeps a thread that polls."""
-    if not parallel_state.model_parallel_is_initialized():
-        return
-    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
-    parallel_state.destroy_model_parallel()
-    for group in groups:
-        torch.distributed.destroy_process_group(group)
 
 
 def _count_parameters(modules: Sequence[nn.Module], dp_rank: int, tp_rank: int) -> int:

@@ -51,7 +51,13 @@ class PipelineChunk(nn.Module):
         """The model's own forward pass on this stage: logits, or hidden states for the next stage."""
         if self.stage.has_embedding:
             return self.module(*arguments)
-        return self.module(*arguments, hidden_LBD=self._input_LBD)
+        hidden_LBD, self._input_LBD = self._input_LBD, None
+        if hidden_LBD is None:
+            raise ValueError(
+                "objective: it calls the model more than once, but a pipeline stage gets the states of one forward "
+                "pass; call the model once for each micro-batch, or set engine.pipeline_parallel=1"
+            )
+        return self.module(*arguments, hidden_LBD=hidden_LBD)
 
 
 class StageModel:

@@ -59,7 +59,38 @@ def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
     run = RunDir.open(path)
     tree = run.config()
     config = check(tree)
+    _check_surroundings(run, config, env)
     return _Rank(run, tree, config, env, stop).train(checkpoint)
+
+
+def _check_surroundings(run: RunDir, config: Config, env: ProcessEnvironment) -> None:
+    """What must agree between this rank and the others, checked before it joins them.
+
+    Raises:
+        ValueError: naming the number of processes, or every package, that differs.
+    """
+    from launchers.provenance import package_versions
+
+    faults = []
+    if env.world_size != config.launcher.num_processes:
+        faults.append(
+            f"{env.world_size} processes were started, expected launcher.num_processes="
+            f"{config.launcher.num_processes}; start that many, or `pretrain resume {run.path} "
+            f"launcher.num_processes={env.world_size}`"
+        )
+    recorded, here = run.recorded_versions(env.attempt), package_versions()
+    for name in sorted(_SHARED_PACKAGES & (recorded.keys() | here.keys())) if recorded else ():
+        if recorded.get(name) != here.get(name):
+            faults.append(
+                f"{name} {here.get(name, 'is missing')} on {socket.gethostname()}, {recorded.get(name, 'none')} where "
+                "the run was started; use the same environment on all nodes"
+            )
+    if faults:
+        raise ValueError("This rank does not fit the run: " + "; ".join(faults))
+
+
+# Packages whose numbers or state would differ between ranks of mixed versions.
+_SHARED_PACKAGES = frozenset({"pretrain", "torch", "numpy", "deepspeed", "megatron-core", "safetensors"})
 
 
 class _EchoedLog:
@@ -168,7 +199,7 @@ class _Rank:
         if self.env.rank == 0:
             for name in store.sweep():
                 logger.info("removed %s, left by an interrupted save", name)
-        self.state, callback_states = resume(store, checkpoint, engine, self.env)
+        self.state, callback_states = resume(store, checkpoint, config, engine, self.env)
         callbacks = self._callbacks(engine, store, sources)
         for callback in callbacks:
             callback.load_state_dict(callback_states.get(callback.name, {}))

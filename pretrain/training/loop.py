@@ -25,8 +25,16 @@ from pretrain.training.state import StepRecord, TrainState
 HostBatch = dict[str, np.ndarray]
 
 
-class NonFiniteError(RuntimeError):
+class CommonFailureError(Exception):
+    """Met by every rank at the same step, so that ranks may still work together on their way out."""
+
+
+class NonFiniteError(CommonFailureError, RuntimeError):
     """Loss or gradient norm is not a finite number."""
+
+
+class DataEndError(CommonFailureError, ValueError):
+    """The data source ends, or its global batch holds nothing to learn from."""
 
 
 class StepStream(Protocol):
@@ -107,7 +115,7 @@ class Trainer:
                     callback.after_step(self, record)
             for callback in self.callbacks:
                 interrupted |= callback.on_end(self, interrupted)
-        except NonFiniteError:
+        except CommonFailureError:
             for callback in self.callbacks:
                 callback.on_common_failure(self)
             raise
@@ -133,7 +141,7 @@ class Trainer:
         try:
             return next(steps)
         except StopIteration:
-            raise ValueError(
+            raise DataEndError(
                 f"The data source ended after {self.state.samples} samples, at step {self.state.step} of "
                 f"{self.config.train.steps}; lower train.steps, or use a source without end (num_samples None)"
             ) from None
@@ -155,7 +163,7 @@ class Trainer:
             callback for callback, ranks in zip(self.callbacks, done, strict=True) if ranks == world_size()
         ]
         if denominator <= 0:
-            raise ValueError(
+            raise DataEndError(
                 f"Step {self.state.step + 1}: the global batch holds no target token; check the data set's loss mask"
             )
         rate = learning_rate(self.config.optimizer.schedule, self.config.optimizer.learning_rate, self.state.step)

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.damage import describe_damage
-from pretrain.checkpoint.manifest import CorruptCheckpointError, Manifest
+from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore, verify
+from pretrain.config.schema import Config
 from pretrain.engines.base import Engine
 from pretrain.parallel.process import ProcessEnvironment, gather_objects
+from pretrain.training.model_check import check_checkpoint_model
 from pretrain.training.state import TrainState
 
 logger = logging.getLogger("pretrain")
 
 
 def resume(
-    store: CheckpointStore, choice: str | None, engine: Engine, env: ProcessEnvironment
+    store: CheckpointStore, choice: str | None, config: Config, engine: Engine, env: ProcessEnvironment
 ) -> tuple[TrainState, dict[str, Any]]:
     """Load the chosen checkpoint (None: the latest, if any) into ``engine``.
 
@@ -33,10 +35,23 @@ def resume(
         return TrainState(), {}
     verify_together(store, folder, env)
     reader = CheckpointReader(folder)
-    engine.import_state(reader)
+    check_checkpoint_model(config, folder)
+    _import_together(engine, reader)
     state = TrainState.from_dict(reader.training)
     logger.info("continuing from %s at step %d", folder, state.step)
     return state, reader.training["callbacks"]
+
+
+def _import_together(engine: Engine, reader: CheckpointReader) -> None:
+    """Load the state; raise the same error on every rank if it does not fit one of them."""
+    failure = None
+    try:
+        engine.import_state(reader)
+    except CheckpointError as error:
+        failure = str(error)
+    for text in gather_objects(failure):
+        if text:
+            raise CheckpointError(text)
 
 
 def verify_together(store: CheckpointStore, folder: Path, env: ProcessEnvironment) -> None:

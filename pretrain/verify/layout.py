@@ -70,7 +70,8 @@ DEFAULT_LAYOUTS = (
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of the table. ``is_fault``: the layout ran and is not what the first one is, or broke."""
+    """One line of the table. ``is_fault``: the layout is not what the first one is, broke, or had to run and was
+    refused."""
 
     layout: str
     verdict: str
@@ -107,14 +108,24 @@ class _Table:
         self._say("  ".join([*padded, cells[-1]]).rstrip())
 
 
-def verify_layout(experiment: Experiment, layouts: Sequence[Layout], steps: int, folder: Path, say: Say) -> bool:
-    """Run every layout in ``folder`` and say a table; returns whether none diverges from the first or breaks.
+def verify_layout(
+    experiment: Experiment, layouts: Sequence[Layout], steps: int, folder: Path, say: Say, *, must_run: bool
+) -> bool:
+    """Run every layout in ``folder`` and say a table.
+
+    Returns whether at least one was compared with the first, none diverges from it or breaks and, where all
+    ``must_run``, none was refused.
 
     Raises:
         ValueError: bad input, or a first layout that the configuration refuses.
         RunFailedError: the first layout's run failed.
     """
     names = [layout.name for layout in layouts]
+    if len(names) < 2:
+        raise ValueError(
+            f"--layouts: found only {', '.join(map(repr, names))}, expected at least two; the first is what the others "
+            "are compared with"
+        )
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--layouts: names found twice: {', '.join(repeated)}; give every layout its own")
     base = experiment.with_overrides([f"train.steps={steps}", "train.checkpoint_interval=0"])
@@ -134,9 +145,12 @@ def verify_layout(experiment: Experiment, layouts: Sequence[Layout], steps: int,
             ranks = str(len(traces[layout.name].start.records))
             row = _Row(layout.name, f"the reference, {seconds:.0f} s", ranks, "0", "0", "-", "-")
         else:
-            row = _row(base, layout, place, traces, range(1, steps + 1), tolerance)
+            row = _row(base, layout, place, traces, range(1, steps + 1), tolerance, must_run)
         table.add(row)
         faults += row.is_fault
+    if len(traces) == 1:
+        say(f"nothing was compared: every layout but '{names[0]}' was refused or failed")
+        return False
     return faults == 0
 
 
@@ -155,6 +169,7 @@ def _row(
     traces: dict[str, AttemptTrace],
     steps: range,
     tolerance: Tolerance,
+    must_run: bool,
 ) -> _Row:
     """Run ``layout`` and compare it with the first of ``traces`` (by layout), to which its own is added."""
     started = time.perf_counter()
@@ -162,10 +177,11 @@ def _row(
         trace, _ = _traced(base, layout, place)
     except InvalidConfigError as error:
         reasons = "; ".join(f"{v.path}: {' '.join(v.rule.split())} (found {v.found!r})" for v in error.violations)
-        return _Row(layout.name, f"refused: {reasons}")
+        return _Row(layout.name, f"refused: {reasons}", is_fault=must_run)
     except RunFailedError as error:
-        word = "refused" if error.code == ExitCode.INVALID_INPUT else f"FAILED with code {error.code}"
-        return _Row(layout.name, f"{word}:\n{error.reason}", is_fault=error.code != ExitCode.INVALID_INPUT)
+        refused = error.code == ExitCode.INVALID_INPUT
+        word = "refused" if refused else f"FAILED with code {error.code}"
+        return _Row(layout.name, f"{word}:\n{error.reason}", is_fault=must_run or not refused)
     seconds = f", {time.perf_counter() - started:.0f} s"
     reference = next(iter(traces.values()))
     twin = next((name for name, other in traces.items() if _is_bitwise(other, trace, steps)), None)

@@ -20,7 +20,7 @@ from pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, C
 from pretrain.checkpoint.rank_file import write_rank_file
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore, verify
-from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.checkpoint.writer import Save
 from pretrain.parallel.shard import Shard
 
 
@@ -41,7 +41,7 @@ def save(root: Path, step: int, parts: list[Fragment] | None = None, **changes: 
         "gather": lambda value: [value],
         "fence": lambda: None,
     }
-    return save_checkpoint(CheckpointStore(root), parts or fragments(step), {"step": step}, **(arguments | changes))
+    return Save(CheckpointStore(root), **(arguments | changes)).write(parts or fragments(step), {"step": step}).path
 
 
 def test_round_trip_reads_any_range(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,16 @@ from support.lm_case import (
     torch_reference,
     train_and_save,
 )
-from support.matrix import pairwise
+from support.matrix import one_each
 from torch.nn.functional import cross_entropy
 
+from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.schema import MegatronConfig
+from pretrain.models.hybrid.config import HybridConfig
+from pretrain.models.hybrid.model import HybridLM
 from pretrain.objectives.config import NextTokenConfig
 from pretrain.objectives.protocol import LossOutput
+from pretrain.parallel.canonical import canonical_buffers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -73,7 +78,7 @@ def reference(model: str, tied: bool) -> Reference:
     return torch_reference(case_of("one process", model, tied), NUM_STEPS)
 
 
-@pytest.mark.parametrize(("layout", "model", "tied"), pairwise(MATRIX))
+@pytest.mark.parametrize(("layout", "model", "tied"), one_each(MATRIX))
 def test_trains_like_plain_torch(worker_pools: Any, tmp_path: Path, layout: str, model: str, tied: bool) -> None:
     case = case_of(layout, model, tied)
     results = worker_pools(case.size, case.pool).run(train_and_save, case, tmp_path, NUM_STEPS)
@@ -158,6 +163,59 @@ def test_metrics_have_the_same_names_everywhere_and_count_once(worker_pools: Any
     results = worker_pools(case.size, case.pool).run(metrics_of, case)
     assert all(metrics.keys() == {"cross_entropy", "z_loss"} for metrics in results)
     assert sum(metrics["z_loss"] > 0 for metrics in results) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticConfig(HybridConfig):
+    """A model with a running statistic, which differs between data-parallel ranks, and a frozen parameter."""
+
+    def build(self, layers: Any, stage: Any = None) -> HybridLM:
+        return StatisticLM(self, layers, stage)
+
+
+class StatisticLM(HybridLM):
+    def __init__(self, config: HybridConfig, layers: Any, stage: Any) -> None:
+        super().__init__(config, layers, stage)
+        if self.stage.has_head:
+            self.final_norm.weight.requires_grad_(False)
+            self.register_buffer("mean_token", torch.zeros(3))
+
+    def forward(self, tokens_LB: torch.Tensor, *arguments: Any, **more: Any) -> torch.Tensor:
+        if self.stage.has_head and self.training:
+            self.mean_token.mul_(0.5).add_(tokens_LB.float().mean())  # type: ignore[operator]
+        return super().forward(tokens_LB, *arguments, **more)
+
+
+def statistic_case(layout: str) -> Case:
+    case = case_of(layout)
+    fields = {field.name: getattr(case.config().model, field.name) for field in dataclasses.fields(HybridConfig)}
+    return replace(case, model_config=StatisticConfig(**fields))
+
+
+def statistics_after(rank: int, size: int, case: Case, root: Path, checkpoint: Path | None) -> list[float]:
+    engine = build(case)
+    if checkpoint is not None:
+        engine.import_state(CheckpointReader(checkpoint))
+    run_steps(engine, case, range(2 if checkpoint else 0, 4 if checkpoint else 2))
+    save(engine, root, 4 if checkpoint else 2, rank)
+    return [
+        float(value) for module in engine._state._modules for _, value in canonical_buffers(module) for value in value
+    ]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2 pp2"])
+def test_buffers_and_frozen_parameters_are_state(worker_pools: Any, tmp_path: Path, layout: str) -> None:
+    case = statistic_case(layout)
+    pool = worker_pools(case.size, case.pool)
+    found = [values for values in pool.run(statistics_after, case, tmp_path, None) if values]
+    assert len(found) == 2
+    assert found[0] == found[1]
+    saved = state_of(tmp_path / "step_00000002")
+    assert saved["buffer:mean_token"].tolist() == found[0]
+    assert torch.equal(saved["weight:final_norm.weight"], torch.ones(32))
+    again = [values for values in pool.run(statistics_after, case, tmp_path, tmp_path / "step_00000002") if values]
+    assert again[0] == again[1]
+    assert again[0] != found[0]
 
 
 class WholeVocabulary:

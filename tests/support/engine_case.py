@@ -6,7 +6,6 @@ Samples hold unequal numbers of targets, so that micro-batches and ranks do too.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pretrain.parallel.process import gather_objects
 
 GLOBAL_BATCH = 8
 LENGTH = 5
-NUM_STEPS = 20 if os.environ.get("PRETRAIN_FULL_MATRIX") == "1" else 8
+NUM_STEPS = 8
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Case:
     clip: float | None = 0.5
     z_loss: float = 0.0
     activation_checkpointing: str = "none"
+    model_config: HybridConfig | None = None
 
     def config(self) -> Config:
         return Config(
@@ -63,7 +64,8 @@ class Case:
                 clip_grad_norm=self.clip,
                 activation_checkpointing=self.activation_checkpointing,  # type: ignore[arg-type]
             ),
-            model=HybridConfig(
+            model=self.model_config
+            or HybridConfig(
                 pattern=PATTERNS[self.model],
                 width=32,
                 vocab_size=VOCABULARY,

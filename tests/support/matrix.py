@@ -47,6 +47,16 @@ def rotating(cases: Sequence[Case], count: int, always: Sequence[Case] = ()) -> 
     return [case for case in cases if case in chosen]
 
 
+def one_each(cases: Sequence[Case]) -> list[Case]:
+    """One of ``cases`` for each value of their first factor; the other factors change with the commit."""
+    if os.environ.get("PRETRAIN_FULL_MATRIX") == "1":
+        return list(cases)
+    pool = list(cases)
+    random.Random(_seed()).shuffle(pool)
+    chosen = {repr(case[0]): case for case in pool}
+    return [case for case in cases if case in chosen.values()]
+
+
 def _pairs(case: Case) -> set[tuple[Any, ...]]:
     if len(case) == 1:
         return {(0, repr(case[0]))}

@@ -15,14 +15,12 @@ def megatron_layers(size: int, sequence_parallel: bool = False, dtype: torch.dty
     from pretrain.parallel.megatron_import import import_megatron
 
     import_megatron("cpu")
-    from megatron.core import parallel_state
     from megatron.core.model_parallel_config import ModelParallelConfig
 
+    from pretrain.parallel.megatron_groups import start_model_parallel
     from pretrain.parallel.megatron_layers import MegatronLayers
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    start_model_parallel(tensor_model_parallel_size=size)
     config = ModelParallelConfig(
         tensor_model_parallel_size=size,
         sequence_parallel=sequence_parallel,

@@ -11,7 +11,7 @@ from launchers.lease import FencedError
 from launchers.run_dir import RunDirectoryError
 from pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, CorruptCheckpointError
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.checkpoint.writer import Save
 from pretrain.training.failure import exit_code_of, guarded
 
 
@@ -35,10 +35,9 @@ def test_a_lease_lost_during_a_save_is_a_refused_run_directory(tmp_path: Path) -
     def fence() -> None:
         raise FencedError("lost to attempt 2")
 
+    save = Save(CheckpointStore(tmp_path), step=1, attempt=1, rank=0, gather=lambda value: [value], fence=fence)
     with pytest.raises(CheckpointSaveError, match="lost to attempt 2") as caught:
-        save_checkpoint(
-            CheckpointStore(tmp_path), [], {}, step=1, attempt=1, rank=0, gather=lambda value: [value], fence=fence
-        )
+        save.write([], {})
     assert exit_code_of(caught.value) == ExitCode.RUN_DIRECTORY_REFUSED
 
 
