@@ -73,7 +73,7 @@ def finish_at_once(title: str, log: Path, arguments: Sequence[str | Path]) -> fl
     folder = RunDir(Path(arguments[2])).trace_path(1)
     folder.mkdir(parents=True)
     common = {"rank": 0, "leader": True, "sample_ids": [0], "rng": "0", "loss": 1.0, "grad_norm": 1.0}
-    moments = [{"event": event, "step": step} for step, event in enumerate(("start", "step"))]
+    moments = [{"event": event, "step": step} for step, event in enumerate(("start", "step", "step", "step"))]
     lines = [json.dumps(moment | common | {"scalars": {}, "state": {"master:a": "1"}}) for moment in moments]
     trace_file(folder, 0).write_text("\n".join([*lines, ""]))
     return 0.0
@@ -106,7 +106,7 @@ def test_a_refused_layout_is_no_proof(
     monkeypatch.setattr(verify_layout_module, "finish", finish_at_once)
     layouts = [Layout.parse(text) for text in (PLAIN, *others)]
     lines: list[str] = []
-    found = verify_layout(Experiment(tuple(tiny_overrides)), layouts, 1, tmp_path, lines.append, must_run=must_run)
+    found = verify_layout(Experiment(tuple(tiny_overrides)), layouts, 3, tmp_path, lines.append, must_run=must_run)
     assert found == holds, lines
     table = "\n".join(lines)
     assert table.count(" refused:") == sum(text in (THREE_PROCESSES, STAGE_2) for text in others)
