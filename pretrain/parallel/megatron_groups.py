@@ -10,10 +10,19 @@ import torch
 def start_model_parallel(**sizes: Any) -> None:
     """Build the groups, after leaving those of an engine that this process had before.
 
-    Megatron only forgets old groups; a gloo group that is merely forgotten keeps threads that poll for ever.
-
     Args:
         sizes: arguments of ``parallel_state.initialize_model_parallel``.
+    """
+    from megatron.core import parallel_state
+
+    leave_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
+
+
+def leave_model_parallel() -> None:
+    """Leave all groups, if there are any.
+
+    Megatron only forgets them; a gloo group that is merely forgotten keeps threads that poll for ever.
     """
     from megatron.core import parallel_state
 
@@ -22,4 +31,3 @@ def start_model_parallel(**sizes: Any) -> None:
         parallel_state.destroy_model_parallel()
         for group in groups:
             torch.distributed.destroy_process_group(group)
-    parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)

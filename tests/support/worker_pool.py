@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import random
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -76,6 +78,19 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def _leave_groups() -> None:
+    """An idle worker must not poll on the groups of the engine that it had."""
+    if "megatron.core.parallel_state" in sys.modules:
+        import torch
+
+        from pretrain.parallel.megatron_groups import leave_model_parallel
+
+        gc.collect()
+        # Whoever leaves first closes connections from which others may still have to read.
+        torch.distributed.barrier()
+        leave_model_parallel()
+
+
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch
 
@@ -93,3 +108,5 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             pipe.send((function(rank, size, *args), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
+        else:
+            _leave_groups()
