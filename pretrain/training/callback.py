@@ -21,7 +21,10 @@ class Callback:
         """After every optimizer step."""
 
     def background_done(self) -> bool:
-        """Whether work that this rank does in the background is finished; asked at every step boundary."""
+        """Whether work that this rank does in the background is finished; asked at every step boundary.
+
+        A callback that overrides this is registered on every rank.
+        """
         return False
 
     def on_background_done(self, trainer: Trainer) -> None:

@@ -88,6 +88,8 @@ class Trainer:
         self.host_batches: list[Batch] = []  # this rank's micro-batches of the latest step
         self._open_stream = open_stream
         self._stop = stop
+        # Ranks need not have the same callbacks (rank 0 alone samples), but those that work in the background they do.
+        self._background = [c for c in callbacks if type(c).background_done is not Callback.background_done]
         self._background_done: list[Callback] = []
         self._metric_names: list[str] | None = None
         self._process = psutil.Process(os.getpid())
@@ -155,12 +157,12 @@ class Trainer:
         data_s = time.perf_counter() - started
 
         counted = targets if self.engine.is_data_leader else 0.0
-        done = [float(callback.background_done()) for callback in self.callbacks]
+        done = [float(callback.background_done()) for callback in self._background]
         denominator, stops, *done = all_reduce_floats([counted, float(self._stop.requested), *done])
         if stops:
             return None
         self._background_done = [
-            callback for callback, ranks in zip(self.callbacks, done, strict=True) if ranks == world_size()
+            callback for callback, ranks in zip(self._background, done, strict=True) if ranks == world_size()
         ]
         if denominator <= 0:
             raise DataEndError(

@@ -73,6 +73,10 @@ def sabotage(folder: Path, *, call: int, rank: int, victim: str, armed: bool) ->
         "launcher.num_processes=2",
         "train.micro_batch_size=1",
         "train.checkpoint_interval=3",
+        # A callback that rank 0 alone has.
+        "train.sample_interval=2",
+        "train.sample_prompts=[def]",
+        "train.sample_tokens=2",
     ]
 
 
