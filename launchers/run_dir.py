@@ -251,6 +251,11 @@ class RunDir:
                 atomic_write_text(self.attempt_path(attempt) / file_name, text)
 
 
+def trace_file(folder: Path, rank: int) -> Path:
+    """A rank's file in the trace folder of one attempt."""
+    return folder / f"rank_{rank:05d}.jsonl"
+
+
 def _to_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 

@@ -17,6 +17,7 @@ from pretrain.engines.clock import Clock
 from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
+from pretrain.engines.flat_state import full_precision_values
 from pretrain.optim.build import build_optimizer
 from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 
@@ -43,7 +44,7 @@ class DeepSpeedEngine:
         self.is_data_leader = True
         self.dp_rank = torch.distributed.get_rank()
         self.dp_size = torch.distributed.get_world_size()
-        masters = _full_precision_values(model) if config.train.precision == "bf16" else None
+        masters = full_precision_values(model) if config.train.precision == "bf16" else None
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optimizer),
@@ -128,8 +129,3 @@ def _prepare(model: nn.Module, config: Config) -> None:
             "give them the shape [1]"
         )
     set_activation_checkpointing(model, config.train.activation_checkpointing)
-
-
-def _full_precision_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Initial FP32 values by module name; DeepSpeed rounds to bf16 into new memory, so this keeps the old one alive."""
-    return {p.module_name: p.tensor.detach() for p in canonical_parameters(model) if p.tensor.requires_grad}

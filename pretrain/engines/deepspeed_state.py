@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, check_model, load_weights
 from pretrain.engines.deepspeed_partitions import LocalShare, ShardedParameters, partitions
-from pretrain.engines.flat_state import cut, paste
+from pretrain.engines.flat_state import MOMENTS, STEP, cut, paste, step_count
 from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
 from pretrain.parallel.shard import Shard
-
-STEP = "step"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedState:
@@ -54,10 +51,7 @@ class DeepSpeedState:
 
     def scalars(self) -> dict[str, float]:
         """Adam's step count, 0 before the first step."""
-        for state in self._partitions.optimizer.state.values():
-            if STEP in state:
-                return {STEP: float(state[STEP])}
-        return {STEP: 0.0}
+        return step_count(self._partitions.optimizer.state.values())
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader, scalars: dict[str, float]) -> None:
@@ -107,7 +101,7 @@ class DeepSpeedState:
         for key in self._partitions.state_keys():
             state = optimizer.state[key]
             state[STEP] = torch.tensor(step, dtype=torch.float32)
-            for slot in _MOMENTS:
+            for slot in MOMENTS:
                 state[slot] = torch.zeros_like(key, memory_format=torch.preserve_format)
 
     def _frozen(self, parameter: CanonicalParameter) -> tuple[int, Tensor]:

@@ -1,14 +1,29 @@
-"""Between flat ranges of stored parameters and fragments of logical tensors."""
+"""What both engines' canonical state rests on: flat ranges of stored parameters, fragments, slots, initial values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, weight_slot
-from pretrain.parallel.canonical import CanonicalParameter, Part
+from pretrain.parallel.canonical import CanonicalParameter, Part, canonical_parameters
+
+STEP = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""torch's names for AdamW's state."""
+
+
+def full_precision_values(model: nn.Module) -> dict[str, Tensor]:
+    """Initial FP32 values by module name. Engines round to bf16 into new memory, so this keeps the old one alive."""
+    return {p.module_name: p.tensor.detach() for p in canonical_parameters(model) if p.tensor.requires_grad}
+
+
+def step_count(states: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """AdamW's step count from its states by tensor, 0 before the first step."""
+    return {STEP: next((float(state[STEP]) for state in states if STEP in state), 0.0)}
 
 
 def cut(parameter: CanonicalParameter, slot: str, start: int, values: Tensor) -> Iterator[Fragment]:

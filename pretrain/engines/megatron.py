@@ -23,6 +23,7 @@ from pretrain.config.schema import Config, MegatronConfig
 from pretrain.engines.activation_checkpointing import set_activation_checkpointing
 from pretrain.engines.base import Batch, LossFunction, StepResult
 from pretrain.engines.clock import Clock
+from pretrain.engines.flat_state import full_precision_values
 from pretrain.engines.megatron_chunk import PipelineChunk, StageModel, StageOutput, zero_tokens
 from pretrain.engines.megatron_settings import megatron_settings
 from pretrain.engines.megatron_state import MegatronState
@@ -59,7 +60,7 @@ class MegatronEngine:
 
         assert isinstance(config.engine, MegatronConfig)
         self.device = device
-        self._settings = settings = _with_dtypes(megatron_settings(config))
+        settings = _with_dtypes(megatron_settings(config))
         start_model_parallel(**settings["parallel"])
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -69,13 +70,13 @@ class MegatronEngine:
         self.is_data_leader = is_last and self._tp_rank == 0
 
         settings["transformer"]["use_cpu_initialization"] = device.type == "cpu"
-        self._megatron_config = megatron_config = TransformerConfig(**settings["transformer"])
+        megatron_config = TransformerConfig(**settings["transformer"])
         # Built in FP32 whatever the precision: masters start from initial values that were not rounded.
         layers = MegatronLayers(replace(megatron_config, params_dtype=torch.float32))
         modules = [build_model(layers, stage) for stage in stages[pipeline_rank]]
         for module in modules:
             set_activation_checkpointing(module, config.train.activation_checkpointing)
-        masters = [_full_precision_copy(module) for module in modules] if config.train.precision == "bf16" else None
+        masters = [full_precision_values(module) for module in modules] if config.train.precision == "bf16" else None
         ties = config.engine.pipeline_parallel > 1 and bool(getattr(config.model, "tied_embeddings", False))
         self._chunks: list[Any] = []
         for number, (module, stage) in enumerate(zip(modules, stages[pipeline_rank], strict=True)):
@@ -226,11 +227,6 @@ def _count_parameters(modules: Sequence[nn.Module], dp_rank: int, tp_rank: int) 
 
 def _no_loss(_: Tensor) -> Any:
     raise AssertionError("the schedule asked a stage without a head for its loss")
-
-
-def _full_precision_copy(module: nn.Module) -> dict[str, Tensor]:
-    """Initial FP32 values by module name, taken before they are rounded to bf16."""
-    return {p.module_name: p.tensor.detach().clone() for p in canonical_parameters(module) if p.tensor.requires_grad}
 
 
 def _with_dtypes(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

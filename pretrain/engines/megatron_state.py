@@ -16,12 +16,9 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, load_weights
-from pretrain.engines.flat_state import cut, paste
+from pretrain.engines.flat_state import MOMENTS, STEP, cut, paste, step_count
 from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
 from pretrain.parallel.shard import Shard
-
-STEP = "step"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,7 @@ class MegatronState:
 
     def scalars(self) -> dict[str, float]:
         """Adam's step count, 0 before the first step."""
-        for state in self._torch.state.values():
-            if STEP in state:
-                return {STEP: float(state[STEP])}
-        return {STEP: 0.0}
+        return step_count(self._torch.state.values())
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader, scalars: dict[str, float]) -> None:

@@ -57,6 +57,12 @@ def check_version() -> str:
     return version
 
 
+def prepare_environment() -> None:
+    """Variables that CUDA reads once, when a process first uses the device. Changes nothing that is set already."""
+    # Megatron's overlap of sequence-parallel communication relies on one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def import_megatron(device_type: str) -> None:
     """Import the parts of Megatron-Core that the engine runs, quiet, adapted to CPU where ``device_type`` is ``cpu``.
 
@@ -65,8 +71,7 @@ def import_megatron(device_type: str) -> None:
     """
     check_version()
     if device_type == "cuda":
-        # Megatron's overlap of sequence-parallel communication relies on one hardware queue.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        prepare_environment()
     logging.getLogger("megatron").setLevel(logging.WARNING)
     # Advice on libraries that are absent here, and on torch's coming names for collectives: nothing a user can act on.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

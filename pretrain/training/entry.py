@@ -129,10 +129,13 @@ class _Rank:
         import torch
 
         from launchers.lease import check_attempt
+        from pretrain.parallel.megatron_import import prepare_environment
         from pretrain.parallel.process import join_process_group, select_device
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.manual_seed(self.config.run.seed)
+        if self.config.engine.name == "megatron":
+            prepare_environment()
         device = select_device(self.config.launcher.device, self.env.local_rank)
         check_attempt(self.run, self.env.attempt)
         logger.info(

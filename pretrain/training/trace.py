@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from launchers.run_dir import trace_file
+from pretrain.checkpoint.digest import MODULUS, fragment_digest
 from pretrain.training.batches import SAMPLE_IDS
 from pretrain.training.callback import Callback
 from pretrain.training.loop import Trainer
 from pretrain.training.state import StepRecord
-from pretrain.verify.digest import MODULUS, fragment_digest
-from pretrain.verify.traces import trace_file
 
 
 class TraceCallback(Callback):
@@ -24,7 +24,7 @@ class TraceCallback(Callback):
     A line with event ``start`` holds the state before the first step of the attempt, after a checkpoint was loaded. A
     line with event ``step`` holds the ids of this rank's samples, the digest of torch's generators as the step's last
     micro-batch left them, loss and gradient norm (floats as JSON, which keeps every bit), the optimizer's scalars and
-    ``state``: the digest of this rank's share of every logical tensor (:mod:`pretrain.verify.digest`), by
+    ``state``: the digest of this rank's share of every logical tensor (:mod:`pretrain.checkpoint.digest`), by
     ``slot:name``. Register it before callbacks that may draw random numbers.
     """
 

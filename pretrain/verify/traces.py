@@ -11,14 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from launchers.run_dir import trace_file
+
 Record = dict[str, Any]
 
 _MODULUS = 1 << 64
-
-
-def trace_file(folder: Path, rank: int) -> Path:
-    """A rank's file in the trace folder of one attempt."""
-    return folder / f"rank_{rank:05d}.jsonl"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.checkpoint import digest as module
+from pretrain.checkpoint.digest import MODULUS, flat_indices, fragment_digest
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.parallel.shard import Shard
-from pretrain.verify import digest as module
-from pretrain.verify.digest import MODULUS, flat_indices, fragment_digest
 
 
 def fragment(values: torch.Tensor, shape: tuple[int, ...], shard: Shard, start: int = 0) -> Fragment:
