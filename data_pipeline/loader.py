@@ -14,10 +14,56 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.batch import unpack
 from data_pipeline.source import SampleSource
+from data_pipeline.store.manifest import digest_of
+
+STATE_VERSION = 1
 
 _PREFETCH_STEPS = 2
 MicroBatches = list[dict[str, np.ndarray]]
+
+
+def loader_state(source: SampleSource, samples: int) -> dict[str, Any]:
+    """The state of an order after ``samples`` global samples: JSON, far below 1 KB.
+
+    ``timeline`` is a digest of what had taken effect by then (added shards, phases of weights): the part of the
+    configuration that a continued run may extend, but not change.
+    """
+    return {
+        "version": STATE_VERSION,
+        "samples": samples,
+        "fingerprint": source.fingerprint,
+        "timeline": _past(source, samples),
+    }
+
+
+def check_loader_state(source: SampleSource, state: dict[str, Any]) -> int:
+    """The number of samples to go on from; raises ValueError when ``source`` is not the order of ``state``."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(
+            f"the data state has version {state.get('version')!r}, this program reads {STATE_VERSION}. "
+            "What to do: continue the run with the version of the program that wrote it."
+        )
+    samples = int(state["samples"])
+    if state["fingerprint"] != source.fingerprint:
+        raise ValueError(
+            f"the data state belongs to an order with fingerprint {state['fingerprint']}, this one has "
+            f"{source.fingerprint}: samples would be lost or repeated. What to do: restore data set, sequence length, "
+            "packing, number of lanes and seed, or start a new run."
+        )
+    if state["timeline"] != _past(source, samples):
+        raise ValueError(
+            f"what had taken effect within the first {samples} samples (appended shards or phases of weights) is not "
+            f"what the configuration says now. What to do: leave entries below from_sample {samples} as they were; "
+            "later ones may be added or changed."
+        )
+    return samples
+
+
+def _past(source: SampleSource, samples: int) -> str:
+    timeline = getattr(source, "timeline", [])
+    return digest_of([entry for entry in timeline if entry[0] < samples])
 
 
 @dataclass(frozen=True)
@@ -46,7 +92,7 @@ class StepLoader:
     An endless source gives an endless loader. A finite one ends after ``ceil(num_samples / global_batch)``
     steps; the rows past its end are padding with no target, so that every rank sees the same number of
     equal-shaped micro-batches. An error in the thread is raised in the consumer, at the step that it belongs
-    to and at every call after.
+    to and at every call after. With ``lean`` text comes as lean batches (:mod:`data_pipeline.batch`).
 
     Raises ValueError when ``global_batch`` is not a multiple of ``micro_batch * dp_size``.
     """
@@ -59,6 +105,7 @@ class StepLoader:
         dp_rank: int,
         dp_size: int,
         start_step: int = 0,
+        lean: bool = False,
     ) -> None:
         if min(global_batch, micro_batch, dp_size) < 1 or global_batch % (micro_batch * dp_size):
             raise ValueError(
@@ -69,6 +116,7 @@ class StepLoader:
             raise ValueError(f"data-parallel rank {dp_rank} is outside the {dp_size} ranks")
         self.step = start_step
         self._source = source
+        self._lean = lean
         self._layout = (global_batch, micro_batch, dp_rank, dp_size)
         self._queue: queue.Queue[MicroBatches | _Failure | _End] = queue.Queue(_PREFETCH_STEPS)
         self._stopping = threading.Event()
@@ -91,13 +139,8 @@ class StepLoader:
         return item
 
     def state_dict(self) -> dict[str, Any]:
-        """All the state there is: steps and samples handed out, and whose order they count in."""
-        return {
-            "version": 1,
-            "step": self.step,
-            "samples": self.step * self._layout[0],
-            "fingerprint": self._source.fingerprint,
-        }
+        """All the state there is: samples handed out, and whose order they count in. The same on every rank."""
+        return loader_state(self._source, self.step * self._layout[0])
 
     def close(self) -> None:
         """Stop the thread and wait for it. The source stays open. Iterating afterwards ends at once."""
@@ -132,13 +175,17 @@ class StepLoader:
             self._queue.put(_Failure(error))
 
     def _rows(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
-        return self._arrays(indices, num_samples) | {"sample_ids": np.array(indices, dtype=np.int64)}
+        return step_rows(self._source, indices, num_samples, self._lean)
 
-    def _arrays(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
-        if num_samples is None or indices.stop <= num_samples:
-            return self._source.batch(indices)
-        present = max(0, num_samples - indices.start)
-        batch = self._source.batch([i if i < num_samples else 0 for i in indices])
+
+def step_rows(source: SampleSource, indices: range, num_samples: int | None, lean: bool) -> dict[str, np.ndarray]:
+    """Rows ``indices`` of ``source`` with their ``sample_ids`` (int64); those past the end hold no target."""
+    read = getattr(source, "lean", source.batch)
+    present = len(indices) if num_samples is None else max(0, min(len(indices), num_samples - indices.start))
+    batch = read([index if number < present else 0 for number, index in enumerate(indices)])
+    if present < len(indices):
         for name, array in batch.items():
             array[present:] = -1 if name == "segment_ids" else 0
-        return batch
+    if "pieces" in batch and not lean:
+        batch = unpack(batch)
+    return batch | {"sample_ids": np.array(indices, dtype=np.int64)}

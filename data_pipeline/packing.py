@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PACKING = "best-fit-decreasing-1"
+BEST_FIT, CONCATENATE = "best-fit-decreasing-1", "concatenate-1"
+"""Ways of packing, with the version of their rules: part of every fingerprint of an order."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,27 @@ def assign_rows(piece_lengths: np.ndarray, sequence_length: int) -> tuple[np.nda
     return row_of, num_rows
 
 
-def pack(lengths: np.ndarray, sequence_length: int) -> Rows:
+def concatenate(lengths: np.ndarray, sequence_length: int) -> Rows:
+    """Join all positions of the documents in the given order and cut every ``sequence_length``: only the last row may
+    have room left, but any document may be cut."""
+    positions = lengths.astype(np.int64) - 1
+    assert len(positions) == 0 or positions.min() >= 1
+    ends = np.cumsum(positions)
+    total = int(ends[-1]) if len(ends) else 0
+    borders = np.union1d(ends - positions, np.arange(0, total, sequence_length))  # where a piece begins
+    document = np.searchsorted(ends, borders, side="right")
+    length = np.diff(np.append(borders, total))
+    piece_starts = np.searchsorted(borders, np.append(np.arange(0, total, sequence_length), total))
+    return Rows(piece_starts, document, borders - (ends - positions)[document], length)
+
+
+def pack(lengths: np.ndarray, sequence_length: int, packing: str = BEST_FIT) -> Rows:
     """Cut and pack documents of ``lengths`` tokens into rows of at most ``sequence_length`` positions.
 
     Rows come in the order of their first piece, pieces within a row in document order.
     """
+    if packing == CONCATENATE:
+        return concatenate(lengths, sequence_length)
     document, start, length = cut(lengths, sequence_length)
     row_of, num_rows = assign_rows(length, sequence_length)
     first_piece = np.full(num_rows, len(row_of))
@@ -100,6 +117,8 @@ def pack(lengths: np.ndarray, sequence_length: int) -> Rows:
     return Rows(piece_starts, document[order], start[order], length[order])
 
 
-def count_rows(lengths: np.ndarray, sequence_length: int) -> int:
+def count_rows(lengths: np.ndarray, sequence_length: int, packing: str = BEST_FIT) -> int:
     """Number of rows that :func:`pack` makes of documents of ``lengths`` tokens, in any order."""
+    if packing == CONCATENATE:
+        return -(-int((lengths.astype(np.int64) - 1).sum()) // sequence_length)
     return assign_rows(cut(lengths, sequence_length)[2], sequence_length)[1]

@@ -14,8 +14,13 @@ import numpy as np
 
 
 class SampleSource(Protocol):
-    """Rows of tokens by global sample index. ``batch`` is a pure function, so any rank may read any part of
-    the order."""
+    """Rows by global sample index. ``batch`` is a pure function, so any rank may read any part of the order.
+
+    A source may also have: ``lean(indices)``, its rows packed (:mod:`data_pipeline.batch`), which loaders then prefer;
+    ``timeline``, a list of entries [from_sample, what], for an order that changes at declared samples;
+    ``bad_data``, its policy for damage (:mod:`data_pipeline.quarantine`); ``fill``, the share of positions that hold a
+    target.
+    """
 
     @property
     def fingerprint(self) -> str:
@@ -32,9 +37,7 @@ class SampleSource(Protocol):
     def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows of these global samples.
 
-        ``tokens`` int32 [B, S]; ``targets`` int32 [B, S], the token after each; ``loss_mask`` bool [B, S],
-        False on padding; ``segment_ids`` int32 [B, S], 0, 1, 2, ... per document piece in the row and -1 on
-        padding, which is always at the end; ``position_ids`` int32 [B, S], restarting with each piece.
+        For text: see :func:`data_pipeline.batch.unpack`. At the least, whatever the objective reads.
         """
 
     def provenance(self, index: int) -> list[dict[str, Any]]:

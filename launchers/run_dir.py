@@ -79,6 +79,11 @@ class RunDir:
     def logs_path(self) -> Path:
         return self.path / "logs"
 
+    @property
+    def quarantine_path(self) -> Path:
+        """What ranks found damaged in the data and substituted, a file per rank."""
+        return self.path / "quarantine"
+
     def attempt_path(self, attempt: int) -> Path:
         return self.logs_path / f"attempt_{attempt:04d}"
 
@@ -201,21 +206,50 @@ class RunDir:
 
     # ---- data --------------------------------------------------------------------------------------------------
 
-    def check_data(self, fingerprint: str) -> None:
-        """Freezes the fingerprint of the run's training data at the first start and compares it at every later one.
+    def check_datasets(self, datasets: Mapping[str, Any]) -> None:
+        """Freezes fingerprint and shards of the run's data sets at the first start, compares them at every later one.
 
-        Safe to call from all ranks at once. Raises RunDirectoryError when the data set has changed since.
+        ``datasets`` gives by name ``fingerprint``, ``shards`` (name and hash of each) and ``editions``, the
+        fingerprints of earlier states that the data set still contains: shards appended since are no difference. Safe
+        to call from all ranks at once. Raises RunDirectoryError that names the first shard that differs in each.
         """
-        path = self.path / "data.json"
-        with contextlib.suppress(FileExistsError):
-            exclusive_write_text(path, _to_json({"fingerprint": fingerprint}))
-        frozen = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        from data_pipeline.store.editions import first_difference
+
+        frozen = self._frozen_once("datasets.json", datasets)
+        faults = []
+        for name, then in frozen.items():
+            now = datasets.get(name)
+            if now is None:
+                faults.append(f"data set {name!r} is no longer configured")
+            elif then["fingerprint"] not in (now["fingerprint"], *now["editions"]):
+                where = first_difference(then["shards"], now["shards"]) or "the tokenizer or the block layout differs"
+                faults.append(
+                    f"data set {name!r} had fingerprint {then['fingerprint']}, now {now['fingerprint']}: {where}"
+                )
+        if faults:
+            raise RunDirectoryError(
+                f"{self.path}: the run was created on other data: {'; '.join(faults)}. The order of samples would not "
+                "continue. Restore the run's data set (data.path may name a copy of it), or start a new run."
+            )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Freezes the fingerprint of the order of samples at the first start and compares it at every later one.
+
+        Safe to call from all ranks at once. Raises RunDirectoryError when the order has changed since.
+        """
+        frozen = self._frozen_once("data.json", {"fingerprint": fingerprint})["fingerprint"]
         if frozen != fingerprint:
             raise RunDirectoryError(
                 f"{self.path}: the run was created on data with fingerprint {frozen}, the data set now has "
                 f"{fingerprint}: the order of samples would not continue. Restore the run's data set, or start a new "
                 "run on the new data."
             )
+
+    def _frozen_once(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        path = self.path / name
+        with contextlib.suppress(FileExistsError):
+            exclusive_write_text(path, _to_json(value))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
     # ---- records of an attempt -------------------------------------------------------------------
 

@@ -23,10 +23,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from pretrain.commands.launch import launch_attempt, shown
     from pretrain.config.check import check
     from pretrain.config.compose import load_run_config
-    from pretrain.config.freeze import frozen_for_new_run
+    from pretrain.config.freeze import freeze_components, frozen_for_new_run
 
-    tree, _ = load_run_config(arguments.overrides, arguments.config_dir)
-    tree = frozen_for_new_run(tree)
+    tree, config = load_run_config(arguments.overrides, arguments.config_dir)
+    tree = freeze_components(frozen_for_new_run(tree), config)
     config = check(tree)
     run_dir = RunDir.create(tree, root=config.run.root, name=config.run.name, path=arguments.run_dir)
     with Lease.acquire(run_dir) as lease:

@@ -69,11 +69,11 @@ def complete_tree(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
     for spec in dataclass_specs(Config):
         value = getattr(config, spec.name)
         if spec.name not in COMPONENT_FIELDS:
-            complete[spec.name] = _plain(value)
+            complete[spec.name] = plain(value)
         elif isinstance(value, ForeignComponent):
-            complete[spec.name] = {TARGET: value.target, **{k: _plain(v) for k, v in value.fields.items()}}
+            complete[spec.name] = {TARGET: value.target, **{k: plain(v) for k, v in value.fields.items()}}
         else:
-            complete[spec.name] = {TARGET: tree[spec.name][TARGET], **_plain(value)}
+            complete[spec.name] = {TARGET: tree[spec.name][TARGET], **plain(value)}
     return complete
 
 
@@ -111,12 +111,12 @@ def _check_top_level_keys(tree: Mapping[str, Any], names: list[str], report: Rep
         report.fault(str(key), value, "unknown key of the configuration", fix)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses as dicts of their constructor fields and tuples as lists: what YAML can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

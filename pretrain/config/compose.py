@@ -338,6 +338,8 @@ def _resolve_field(tree: dict[str, Any], path: str, cwd: str) -> None:
     value = node[name]
     if isinstance(value, list):
         node[name] = [_absolute(item, cwd) for item in value]
+    elif isinstance(value, dict):
+        node[name] = {key: _absolute(item, cwd) for key, item in value.items()}
     else:
         node[name] = _absolute(value, cwd)
 

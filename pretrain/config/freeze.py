@@ -16,7 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pretrain.config.check import check, complete_tree, schema_leaves
+from pretrain.config.check import check, complete_tree, plain, schema_leaves
 from pretrain.config.components import (
     COMPONENT_FIELDS,
     TARGET,
@@ -30,6 +30,8 @@ from pretrain.config.violation import InvalidConfigError, Violation, did_you_mea
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+
+    from pretrain.config.schema import Config
 
 ABSENT: Final = "<absent>"
 
@@ -83,6 +85,17 @@ def frozen_for_new_run(tree: Mapping[str, Any]) -> dict[str, Any]:
     schedule = frozen["optimizer"]["schedule"]
     if schedule["horizon"] is None:
         schedule["horizon"] = frozen["train"]["steps"]
+    return frozen
+
+
+def freeze_components(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """``tree`` with what components write down when a run begins (``frozen()`` of a config class), such as the edition
+    of a data set. Later changes of the world outside then do not change the run."""
+    frozen = deepcopy(dict(tree))
+    for name in COMPONENT_FIELDS:
+        component = getattr(config, name)
+        if hasattr(component, "frozen"):
+            frozen[name] = {TARGET: tree[name][TARGET], **plain(component.frozen())}
     return frozen
 
 

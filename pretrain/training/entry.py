@@ -191,8 +191,12 @@ class _Rank:
         from pretrain.training.resume import resume
 
         config = self.config
+        if hasattr(config.data, "datasets"):
+            self.run.check_datasets(config.data.datasets())
         sources = build_component(config.data, seed=config.run.seed)
         self.run.check_data(sources.train.fingerprint)
+        if hasattr(sources.train, "bad_data"):
+            sources.train.bad_data.keep(self.run.quarantine_path, self.env.rank)
         # Early: its thread opens the store while this one imports the engine, and not during the first steps.
         self._start_tracker(sources)
         objective = build_component(config.objective)
@@ -251,6 +255,7 @@ class _Rank:
         from launchers.lease import check_attempt
         from pretrain.config.freeze import config_digest
         from pretrain.training import callbacks as own
+        from pretrain.training.data_state import DataCallback
         from pretrain.training.sampling import TextSampler
 
         facts = {
@@ -266,6 +271,8 @@ class _Rank:
             from pretrain.training.trace import TraceCallback
 
             result.append(TraceCallback(self.run.trace_path(self.env.attempt), self.env.rank))
+        budget = getattr(self.config.data, "damage_budget", None)
+        result.append(DataCallback(self.log, sources.train, self.run.quarantine_path, budget))
         result.append(own.MetricsCallback(self.log))
         result.append(
             own.CheckpointCallback(

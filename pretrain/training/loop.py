@@ -37,6 +37,18 @@ class DataEndError(CommonFailureError, ValueError):
     """The data source ends, or its global batch holds nothing to learn from."""
 
 
+class DataFailureError(CommonFailureError, ValueError):
+    """Data of some rank are damaged or missing."""
+
+
+class DataUnavailableError(CommonFailureError, OSError):
+    """Data of some rank could not be fetched; trying again later may help."""
+
+
+SUBSTITUTED = "substituted"
+"""Entry of a micro-batch (bool [B]): rows that stand in for damaged ones."""
+
+
 class StepStream(Protocol):
     """Micro-batches of this rank, one list a step."""
 
@@ -92,6 +104,7 @@ class Trainer:
         self._background = [c for c in callbacks if type(c).background_done is not Callback.background_done]
         self._background_done: list[Callback] = []
         self._metric_names: list[str] | None = None
+        self._data_failure: ValueError | OSError | None = None
         self._process = psutil.Process(os.getpid())
 
     def run(self) -> bool:
@@ -140,6 +153,8 @@ class Trainer:
                 )
 
     def _next_arrays(self, steps: Iterator[list[HostBatch]]) -> list[HostBatch]:
+        """This rank's micro-batches; none when its data fail, which the ranks then agree on."""
+        self._data_failure = None
         try:
             return next(steps)
         except StopIteration:
@@ -147,6 +162,16 @@ class Trainer:
                 f"The data source ended after {self.state.samples} samples, at step {self.state.step} of "
                 f"{self.config.train.steps}; lower train.steps, or use a source without end (num_samples None)"
             ) from None
+        except (ValueError, OSError) as error:
+            self._data_failure = error
+            return []
+
+    def _raise_common_data_failure(self) -> None:
+        """The first rank's data failure, on every rank: all end alike, and can still save together."""
+        own = self._data_failure
+        told = None if own is None else (isinstance(own, OSError), str(own))
+        is_fetch, text = next(told for told in gather_objects(told) if told is not None)
+        raise (DataUnavailableError if is_fetch else DataFailureError)(text) from own
 
     def _step(self, steps: Iterator[list[HostBatch]]) -> StepRecord | None:
         """One optimizer step; None when any rank was asked to stop before it."""
@@ -156,9 +181,12 @@ class Trainer:
         batches = [to_device(batch, self.engine.device) for batch in host_batches]
         data_s = time.perf_counter() - started
 
-        counted = targets if self.engine.is_data_leader else 0.0
+        counted = [targets, _substituted(host_batches)] if self.engine.is_data_leader else [0.0, 0.0]
         done = [float(callback.background_done()) for callback in self._background]
-        denominator, stops, *done = all_reduce_floats([counted, float(self._stop.requested), *done])
+        asked = [float(self._stop.requested), float(self._data_failure is not None)]
+        denominator, substituted, stops, failures, *done = all_reduce_floats([*counted, *asked, *done])
+        if failures:
+            self._raise_common_data_failure()
         if stops:
             return None
         self._background_done = [
@@ -195,6 +223,11 @@ class Trainer:
             learning_rate=rate,
             tokens=round(denominator),
             metrics={name: value / denominator for name, value in zip(names, sums, strict=True)},
+            substituted=round(substituted),
             seconds={"step": time.perf_counter() - started, "data": data_s, **result.seconds},
             memory_gib=memory_sum / 2**30,
         )
+
+
+def _substituted(batches: Sequence[Batch]) -> float:
+    return float(sum(int(batch[SUBSTITUTED].sum()) for batch in batches if SUBSTITUTED in batch))

@@ -39,3 +39,4 @@ class StepRecord:
     metrics: dict[str, float]
     seconds: dict[str, float]
     memory_gib: float
+    substituted: int = 0  # rows of the step that stand in for damaged ones

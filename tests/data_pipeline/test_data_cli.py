@@ -27,7 +27,7 @@ def test_prepare_inspect_verify(corpus: Path, tmp_path: Path, capsys: pytest.Cap
     assert call("prepare", "text", corpus, out, "--pattern", "part0/*.txt", *OPTIONS) == 0
     printed = capsys.readouterr()
     assert "wrote" in printed.out
-    assert "0 files skipped" in printed.out
+    assert "0 documents dropped" in printed.out
     assert "tokenising: 100 %" in printed.err
     assert call("prepare", "text", corpus, out, "--pattern", "part0/*.txt", *OPTIONS) == 0
     assert "already holds exactly this dataset" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import TextDataConfig
 from data_pipeline.loader import StepLoader, micro_batch_indices
 from data_pipeline.store.manifest import Manifest
-from data_pipeline.text_source import sequential_source
+from data_pipeline.text_build import sequential_source
 
 
 class CountingSource:
@@ -100,7 +100,7 @@ def test_error_reaches_the_consumer_at_its_step_and_stays() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="row 9 is broken"):
             next(loader)
-    assert loader.state_dict()["step"] == 2
+    assert loader.state_dict()["samples"] == 8
     loader.close()
 
 
@@ -118,7 +118,8 @@ def test_state_counts_what_was_handed_out_not_what_was_prefetched() -> None:
     loader = StepLoader(CountingSource(), 4, 2, 1, 2, start_step=5)
     batches = next(loader)
     assert batches[0]["tokens"][:, 0].tolist() == [22, 23]
-    assert loader.state_dict() == {"version": 1, "step": 6, "samples": 24, "fingerprint": "counting"}
+    state = loader.state_dict()
+    assert (state["version"], state["samples"], state["fingerprint"]) == (1, 24, "counting")
     loader.close()
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.keyed import keyed_permutation
-from data_pipeline.order import LaneOrder, Place, SequentialOrder
+from data_pipeline.order import Addition, LaneOrder, Place, SequentialOrder, lane_positions
 
 rows_lists = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 
@@ -97,3 +97,64 @@ def test_keyed_permutation_is_fixed_for_good() -> None:
     # A change here reorders every run that is resumed afterwards.
     assert keyed_permutation(8, 1234, "train", 0).tolist() == [1, 5, 6, 3, 4, 7, 0, 2]
     assert sorted(keyed_permutation(1000, "key").tolist()) == list(range(1000))
+
+
+@st.composite
+def grown_orders(draw: st.DrawFn) -> tuple[np.ndarray, int, int, list[int], list[int]]:
+    """(rows, lanes, segments at first, segments after each addition, samples at which they join)."""
+    first = draw(st.lists(st.integers(1, 5), min_size=1, max_size=8))
+    added = draw(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=3))
+    sizes = np.cumsum([len(first), *(len(rows) for rows in added)]).tolist()
+    joins = sorted(draw(st.lists(st.integers(0, 90), min_size=len(added), max_size=len(added))))
+    rows = np.array(first + [count for part in added for count in part])
+    return rows, draw(st.integers(1, len(first))), sizes[0], sizes[1:], joins
+
+
+def grown(rows: np.ndarray, lanes: int, first: int, sizes: list[int], joins: list[int]) -> LaneOrder:
+    additions = [Addition(size, lane_positions(sample, lanes)) for size, sample in zip(sizes, joins, strict=True)]
+    return LaneOrder(rows, lanes, 3, "train", additions, first)
+
+
+@settings(max_examples=60)
+@given(grown_orders(), st.integers(0, 200))
+def test_added_segments_leave_the_past_alone_and_join_each_epoch_once(
+    setting: tuple[np.ndarray, int, int, list[int], list[int]], k: int
+) -> None:
+    rows, lanes, first, sizes, joins = setting
+    horizon = 100 + lanes * 4 * int(rows.sum())
+    places = list(map(grown(*setting).locate, range(horizon)))
+    assert places[k:] == list(map(grown(*setting).locate, range(k, horizon)))
+
+    for number, join in enumerate(joins):  # what came before a join knows nothing of it
+        before = grown(rows, lanes, first, sizes[:number], joins[:number])
+        assert places[:join] == [before.locate(g) for g in range(join)]
+
+    for epoch in range(min(place.epoch for place in places[-lanes:])):
+        seen = Counter((p.segment, p.row) for p in places if p.epoch == epoch)
+        size = max(p.segment for p in places if p.epoch == epoch) + 1
+        assert size in (first, *sizes)
+        assert seen == Counter((s, r) for s in range(size) for r in range(rows[s]))
+    assert max(p.segment for p in places) == len(rows) - 1
+
+
+def test_added_segments_join_soon_after_their_sample() -> None:
+    rows = np.full(128, 4)
+    order = grown(rows, 8, 64, [128], [80])
+    places = [order.locate(g) for g in range(8 * 64)]
+    assert max(p.segment for p in places[:80]) < 64
+    # 10 of 32 positions a lane had gone; of what follows about 64 / (64 - 20) is new.
+    new = [p.segment >= 64 for p in places[112:]]
+    assert 0.5 < sum(new) / len(new) < 0.7
+    assert all(p.epoch == 0 for p in places[: 4 * 64])
+
+
+@given(orders(), st.integers(0, 100))
+def test_next_segment_is_the_one_that_comes(setting: tuple[list[int], int, int], index: int) -> None:
+    rows, lanes, seed = setting
+    order = LaneOrder(np.array(rows), lanes, seed, "train")
+    place = order.locate(index)
+    following = order.next_segment(place)
+    assert following is not None
+    assert following[0] == order.locate(index + following[1] * lanes)
+    before = order.locate(index + (following[1] - 1) * lanes)
+    assert (before.epoch, before.segment) == (place.epoch, place.segment)

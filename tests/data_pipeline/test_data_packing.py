@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.packing import assign_rows, count_rows, cut, pack
+from data_pipeline.packing import BEST_FIT, CONCATENATE, assign_rows, count_rows, cut, pack
 
 lengths_lists = st.lists(st.integers(2, 70), min_size=1, max_size=40)
 sequence_lengths = st.integers(2, 24)
+packings = pytest.mark.parametrize("packing", [BEST_FIT, CONCATENATE])
 
 
-@given(lengths_lists, sequence_lengths)
-def test_every_target_lies_in_exactly_one_row(lengths: list[int], sequence_length: int) -> None:
-    rows = pack(np.array(lengths), sequence_length)
+@packings
+@given(lengths=lengths_lists, sequence_length=sequence_lengths)
+def test_every_target_lies_in_exactly_one_row(lengths: list[int], sequence_length: int, packing: str) -> None:
+    rows = pack(np.array(lengths), sequence_length, packing)
     seen = [np.zeros(length, dtype=int) for length in lengths]
     for row in range(len(rows)):
         used = 0
@@ -29,10 +32,20 @@ def test_every_target_lies_in_exactly_one_row(lengths: list[int], sequence_lengt
         assert (counts[1:] == 1).all()
 
 
-@given(lengths_lists, sequence_lengths, st.randoms())
-def test_number_of_rows_does_not_depend_on_order(lengths: list[int], sequence_length: int, rng) -> None:
+@packings
+@given(lengths=lengths_lists, sequence_length=sequence_lengths, rng=st.randoms())
+def test_number_of_rows_does_not_depend_on_order(lengths: list[int], sequence_length: int, rng, packing: str) -> None:
     shuffled = rng.sample(lengths, len(lengths))
-    assert count_rows(np.array(lengths), sequence_length) == len(pack(np.array(shuffled), sequence_length))
+    rows = pack(np.array(shuffled), sequence_length, packing)
+    assert count_rows(np.array(lengths), sequence_length, packing) == len(rows)
+
+
+@given(lengths_lists, sequence_lengths)
+def test_concatenating_leaves_room_in_the_last_row_only(lengths: list[int], sequence_length: int) -> None:
+    rows = pack(np.array(lengths), sequence_length, CONCATENATE)
+    used = np.add.reduceat(rows.length, rows.piece_starts[:-1])
+    assert (used[:-1] == sequence_length).all()
+    assert (np.diff(rows.document) >= 0).all()  # the documents in their order
 
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40))

@@ -6,20 +6,17 @@ import dataclasses
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from text_corpus import SMALL, write_corpus
 
-import data_pipeline.prepare.tokenizer as tokenizer_module
-import data_pipeline.prepare.writer as writer_module
+import data_pipeline.prepare.corpus as corpus_module
 from data_pipeline.baselines import document_texts
 from data_pipeline.errors import DatasetExistsError
-from data_pipeline.prepare.corpus import Document, folder_corpus, split_documents, stdlib_corpus
+from data_pipeline.prepare.corpus import stdlib_corpus, text_corpus
+from data_pipeline.prepare.metering import Status
 from data_pipeline.prepare.text import choose_block_tokens, choose_num_lanes, prepare_text
 from data_pipeline.prepare.workspace import workspace
 from data_pipeline.store.manifest import Manifest
@@ -46,14 +43,6 @@ def test_every_document_is_stored_once_framed_and_exactly(corpus: Path, dataset:
         texts = list(document_texts(manifest, split))
         assert entry["bytes"] == sum(map(len, texts))
         assert entry["documents"] == len(texts)
-
-
-def test_shards_do_not_depend_on_workers_or_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Many small chunks, so that two workers really share the documents and the window of waiting results fills.
-    monkeypatch.setattr(tokenizer_module, "CHUNK_BYTES", 500)
-    for name, workers in (("one", 1), ("two", 2), ("again", 1)):
-        prepare_text(corpus, tmp_path / name, options=SMALL, workers=workers)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
 
 
 def test_seed_changes_order_but_not_the_documents(corpus: Path, dataset: Path, tmp_path: Path) -> None:
@@ -97,21 +86,21 @@ def test_bad_files_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     assert sum(split["documents"] for split in report.manifest.content["splits"].values()) == 6
 
 
-def test_unreadable_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     write_corpus(source, num_documents=6)
-    read_bytes = Path.read_bytes
 
-    def refuse(path: Path) -> bytes:
-        if path.name == "document003.txt":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read_bytes(path)
+    def refuse(file: corpus_module.InputFile) -> None:
+        if file.name == "part0/document003.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", file.location)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root reads every file, so permissions cannot show it
+    # Root reads every file, so permissions cannot show it.
+    monkeypatch.setattr("data_pipeline.prepare.streams.check_unchanged", refuse)
     report = prepare_text(source, tmp_path / "out", options=SMALL, workers=1)
     assert report.manifest.origin["skipped"] == [
         {"path": "part0/document003.txt", "why": "unreadable: Permission denied"}
     ]
+    assert report.manifest.origin["dropped"] == {"unreadable": 1}
 
 
 def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
@@ -139,16 +128,19 @@ def test_given_tokenizer_is_used_and_copied(dataset: Path, corpus: Path, tmp_pat
     ("make", "message"),
     [
         (lambda source: None, "does not exist"),
-        (lambda source: source.write_text("x"), "is a file"),
+        (lambda source: source.write_bytes(b""), "none of the documents in 1 files"),
         (lambda source: source.mkdir(), "no file that matches"),
-        (lambda source: (source.mkdir(), (source / "a").touch()), "none of the 1 files"),
+        (
+            lambda source: (source.mkdir(), (source / "a").touch()),
+            "none of the documents in 1 files.*the first, a, is empty",
+        ),
     ],
 )
 def test_missing_or_useless_source(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
         prepare_text(tmp_path / "source", tmp_path / "out", options=SMALL, workers=1)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"source"}
 
 
 def test_same_again_returns_and_other_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -181,60 +173,6 @@ def test_foreign_folder_is_never_replaced(corpus: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_full_disk_leaves_nothing_and_keeps_the_old(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    prepare_text(corpus, out, options=SMALL, workers=1)
-    before = contents(out)
-
-    real_open = writer_module.open_shard
-
-    class FullDisk:
-        def __init__(self, path: Path) -> None:
-            self.file = real_open(path)
-            self.room = 1_500
-
-        def write(self, data: bytes) -> int:
-            self.room -= len(data)
-            if self.room < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data)
-
-        def close(self) -> None:
-            self.file.close()
-
-    monkeypatch.setattr(writer_module, "open_shard", FullDisk)
-    other = dataclasses.replace(SMALL, seed=9)
-    for target, force in ((out, True), (tmp_path / "fresh", False)):
-        with pytest.raises(OSError, match="free space") as caught:
-            prepare_text(corpus, target, options=other, workers=1, force=force)
-        assert caught.value.errno == errno.ENOSPC
-    assert contents(out) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_killed_prepare_leaves_only_what_the_next_run_sweeps(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    script = (
-        "import os, signal, sys\n"
-        "from data_pipeline.prepare import writer\n"
-        "from data_pipeline.prepare.text import PrepareOptions, prepare_text\n"
-        "add = writer.ShardWriter.add_block\n"
-        "def die(self, *arguments):\n"
-        "    add(self, *arguments)\n"
-        "    if self.shards: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "writer.ShardWriter.add_block = die\n"
-        f"prepare_text({str(corpus)!r}, {str(out)!r}, options={SMALL!r}, workers=1)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert (tmp_path / ".out.preparing" / "train-000000.tar").exists()
-    assert not prepare_text(corpus, out, options=SMALL, workers=1).reused
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_swap_killed_half_way_is_undone(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_text(corpus, out, options=SMALL, workers=1)
@@ -248,49 +186,49 @@ def test_second_writer_is_refused(corpus: Path, tmp_path: Path) -> None:
         prepare_text(corpus, out, options=SMALL, workers=1)
 
 
-def test_killed_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "source"
-    write_corpus(source, num_documents=6)
-    monkeypatch.setattr(tokenizer_module, "CHUNK_BYTES", 500)
-
-    def killing(phase: str, done: int, total: int) -> None:
-        if phase == "training the tokenizer":
-            monkeypatch.setattr(tokenizer_module, "_encode", _die)
-
-    with pytest.raises(ChildProcessError, match="fewer --workers"):
-        prepare_text(source, tmp_path / "out", options=SMALL, workers=2, progress=killing)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def _die(documents: list[Document]) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_file_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_corpus(source, num_documents=6)
 
-    def meddle(phase: str, done: int, total: int) -> None:
-        if phase == "scanning files" and done == total:
+    def meddle(status: Status) -> None:
+        if status.phase == "training the tokenizer":
             (source / "part0" / "document000.txt").write_text("something else")
 
     with pytest.raises(ValueError, match=r"document000.txt changed"):
         prepare_text(source, tmp_path / "out", options=SMALL, workers=1, progress=meddle)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_equal_documents_fall_on_one_side() -> None:
-    documents = [Document(f"{number}.txt", 10, f"digest{number // 4}") for number in range(80)]
-    for seed in range(20):
-        train, validation = split_documents(documents, 0.1, seed)
-        assert len(validation) == 8
-        assert not {d.digest for d in train} & {d.digest for d in validation}
-        assert sorted(train + validation, key=lambda d: d.path) == sorted(documents, key=lambda d: d.path)
+def test_files_that_are_only_touched_are_the_same_input(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_corpus(source, num_documents=6)
+    prepare_text(source, tmp_path / "out", options=SMALL, workers=1)
+    os.utime(source / "part0" / "document000.txt", (1, 1))
+    assert prepare_text(source, tmp_path / "out", options=SMALL, workers=1).reused
+    (source / "part0" / "document000.txt").write_text("other")
+    with pytest.raises(DatasetExistsError, match=r"the files have changed.*--force"):
+        prepare_text(source, tmp_path / "out", options=SMALL, workers=1)
 
 
-def test_split_keeps_something_to_train_on() -> None:
-    only = [Document("a.txt", 10, "digest")]
-    assert split_documents(only, 0.5, 0) == (only, [])
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_documents_fall_on_one_side_and_the_share_is_kept(tmp_path: Path, seed: int) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(80):
+        (source / f"{number}.txt").write_text(f"document {number // 4:02d}")
+    options = dataclasses.replace(SMALL, validation_fraction=0.1, seed=seed)
+    manifest = prepare_text(source, tmp_path / "out", options=options, workers=1).manifest
+    train, validation = (list(document_texts(manifest, split)) for split in ("train", "validation"))
+    assert len(validation) == 8
+    assert len(train) == 72
+    assert not set(train) & set(validation)
+
+
+def test_split_keeps_something_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("the only document")
+    options = dataclasses.replace(SMALL, validation_fraction=0.5)
+    manifest = prepare_text(tmp_path / "one.txt", tmp_path / "out", options=options, workers=1).manifest
+    assert manifest.splits == ("train",)
 
 
 def test_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
@@ -311,11 +249,12 @@ def test_output_inside_the_source_is_not_read(tmp_path: Path) -> None:
     write_corpus(tmp_path, num_documents=3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text("{}")
-    assert len(folder_corpus(tmp_path, "**/*", exclude=tmp_path / "out").files) == 3
+    assert len(text_corpus([tmp_path], exclude=tmp_path / "out").files) == 3
+    assert len(text_corpus([f"{tmp_path}/**/*"], exclude=tmp_path / "out").files) == 3
 
 
 def test_stdlib_corpus_is_sources_without_tests() -> None:
-    files = stdlib_corpus().files
+    files = [file.name for file in stdlib_corpus().files]
     assert {"ast.py", "asyncio/tasks.py", "collections/__init__.py"} <= set(files)
     assert not [f for f in files if {"test", "tests", "site-packages", "__pycache__"} & set(f.split("/"))]
 

@@ -125,11 +125,11 @@ def test_training_stops_at_the_damage(copy: Path, damage: Callable[[Path], None]
 
 def test_verify_reports_all_damage_at_once(copy: Path) -> None:
     bit_flip_in_tokens(copy)
-    (copy / "train-000003.tar").unlink()
+    (copy / "train-000002.tar").unlink()
     (copy / "tokenizer.json").write_text("{}")
     patch(copy / "validation-000000.tar", 600, flip, 1)
     found = "\n".join(find_damage(copy))
-    assert all(name in found for name in (SHARD, "train-000003", "tokenizer.json", "validation-000000"))
+    assert all(name in found for name in (SHARD, "train-000002", "tokenizer.json", "validation-000000"))
 
 
 def test_manifest_damage_is_noticed(copy: Path) -> None:

@@ -1,0 +1,166 @@
+"""Building text sources: manifest, plan, order and reader put together."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.keyed import keyed_permutation
+from data_pipeline.order import Addition, LaneOrder, SequentialOrder
+from data_pipeline.packing import BEST_FIT
+from data_pipeline.plan import SegmentPlan, blocks_per_segment, join_plans, make_plan, segment_starts
+from data_pipeline.quarantine import BadData
+from data_pipeline.store.blocks import BlockIndex
+from data_pipeline.store.manifest import Manifest, digest_of
+from data_pipeline.store.reader import BlockReader
+from data_pipeline.text_source import TextSource
+
+if TYPE_CHECKING:
+    from data_pipeline.fetch.cache import SegmentCache
+
+ORDER = "lanes-2"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """The node-local cache of a remote dataset: ``folder`` (None: one below the temporary folder) and its size."""
+
+    folder: str | None = None
+    max_bytes: int = 64 << 30
+
+    def path(self) -> Path:
+        """The folder, which all processes of a user on a node share."""
+        if self.folder is not None:
+            return Path(self.folder)
+        root = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+        return Path(root) / f"pretrain-data-{os.getuid()}"
+
+
+@dataclass(frozen=True)
+class Appended:
+    """A later edition of the dataset, and the position of each lane from which on its new shards belong to the
+    order."""
+
+    manifest: Manifest
+    positions: np.ndarray
+
+
+def recommended_lanes(manifest: Manifest, num_segments: int) -> int:
+    """The manifest's number of lanes, lowered when the split has fewer segments."""
+    return max(1, min(int(manifest.content["num_lanes"]), num_segments))
+
+
+def num_blocks(manifest: Manifest, split: str) -> int:
+    """Blocks of a split, from the manifest alone."""
+    return sum(shard["blocks"] for shard in manifest.split(split)["shards"])
+
+
+def train_source(
+    manifest: Manifest,
+    sequence_length: int,
+    num_lanes: int | None,
+    seed: int | str,
+    split: str = "train",
+    *,
+    packing: str = BEST_FIT,
+    appended: Sequence[Appended] = (),
+    reserve_segments: int = 0,
+    bad_data: BadData | None = None,
+    cache: CacheSettings | None = None,
+) -> TextSource:
+    """The endless shuffled source of ``split``.
+
+    ``reserve_segments`` segments, chosen by key, are left out of the order and stand in for rows that damage makes
+    unreadable. Raises ValueError when there are more lanes than segments, DamagedDataError, FetchError.
+    """
+    last = appended[-1].manifest if appended else manifest
+    blocks = BlockIndex(last, split)
+    blocks.check_sizes()
+    lanes = recommended_lanes(manifest, num_blocks(manifest, split) - reserve_segments)
+    lanes = lanes if num_lanes is None else num_lanes
+    cache = cache or CacheSettings()
+    reader, segment_cache = _reader(last, blocks, cache)
+    size = blocks_per_segment(num_blocks(manifest, split), manifest.content["block_tokens"], sequence_length, lanes)
+    plans: list[SegmentPlan] = []
+    sizes: list[int] = []
+    first = 0
+    for edition in [manifest, *(item.manifest for item in appended)]:
+        stop = num_blocks(edition, split)
+        if stop > first:
+            starts = segment_starts(first, stop, size)
+            plans.append(make_plan(edition, reader, split, sequence_length, packing, starts, cache.path()))
+        sizes.append(sum(len(plan.rows) for plan in plans))
+        first = stop
+    plan = join_plans(plans)
+    if not 0 <= reserve_segments < sizes[0]:
+        raise ValueError(
+            f"reserve_segments is {reserve_segments}, but the training split has {sizes[0]} segments. "
+            "What to do: keep a smaller reserve."
+        )
+    reserve = sorted(keyed_permutation(sizes[0], seed, split, "reserved")[:reserve_segments].tolist())
+    active = np.setdiff1d(np.arange(sizes[-1]), reserve)
+    additions = [
+        Addition(number - len(reserve), item.positions) for number, item in zip(sizes[1:], appended, strict=True)
+    ]
+    order = LaneOrder(plan.rows[active], lanes, seed, split, additions, sizes[0] - len(reserve))
+    return TextSource(
+        order=order,
+        plan=plan,
+        segments=active,
+        reader=reader,
+        sequence_length=sequence_length,
+        packing=packing,
+        fingerprint=digest_of([plan.digest, lanes, seed, len(reserve), ORDER]),
+        reserve=reserve,
+        bad_data=bad_data,
+        cache=segment_cache,
+    )
+
+
+def sequential_source(
+    manifest: Manifest,
+    sequence_length: int,
+    split: str = "validation",
+    *,
+    packing: str = BEST_FIT,
+    cache: CacheSettings | None = None,
+) -> TextSource:
+    """The finite source that holds every target of ``split`` exactly once, in stored order.
+
+    Raises DamagedDataError, FetchError.
+    """
+    blocks = BlockIndex(manifest, split)
+    blocks.check_sizes()
+    cache = cache or CacheSettings()
+    reader, segment_cache = _reader(manifest, blocks, cache)
+    size = blocks_per_segment(4 * len(blocks), manifest.content["block_tokens"], sequence_length, 1)
+    starts = segment_starts(0, len(blocks), size)
+    plan = make_plan(manifest, reader, split, sequence_length, packing, starts, cache.path())
+    return TextSource(
+        order=SequentialOrder(plan.rows),
+        plan=plan,
+        segments=np.arange(len(plan.rows)),
+        reader=reader,
+        sequence_length=sequence_length,
+        packing=packing,
+        fingerprint=digest_of([plan.digest, "sequential"]),
+        num_bytes=manifest.split(split)["bytes"],
+        cache=segment_cache,
+    )
+
+
+def _reader(manifest: Manifest, blocks: BlockIndex, settings: CacheSettings) -> tuple[BlockReader, SegmentCache | None]:
+    """A reader of ``blocks``; of a remote dataset through the node's cache, which is checked when filled."""
+    if manifest.is_local:
+        return BlockReader(manifest, blocks), None
+    from data_pipeline.fetch.cache import SegmentCache
+
+    plain = BlockReader(manifest, blocks)
+    cache = SegmentCache(manifest.storage, settings.path(), settings.max_bytes, verify=plain.verify)
+    return BlockReader(manifest, blocks, cache.read), cache
