@@ -2,8 +2,10 @@
 
 B = rows, S = positions in a row, P = most pieces in a row of the batch.
 
-A *lean* batch holds what cannot be derived: ``tokens`` and ``targets`` [B, S] in the stored dtype, and ``pieces``
-int32 [B, P], the positions of each piece (0: no piece). Everything else follows from ``pieces``.
+A *lean* batch holds what cannot be derived: ``tokens`` [B, S] in the stored dtype, ``pieces`` int32 [B, P], the
+positions of each piece (0: no piece), and ``last`` [B, P], the target of each piece's last position, which is no token
+of the row. Everything else follows. Where a token is no target of the one before it (images between text), a lean batch
+has ``targets`` [B, S] instead of ``last``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def unpack(lean: Arrays) -> Arrays:
-    """The full batch; entries of ``lean`` other than the three are passed on.
+    """The full batch; entries of ``lean`` other than these are passed on.
 
     ``tokens``, ``targets`` int32 [B, S]; ``loss_mask`` bool [B, S], False on padding; ``segment_ids`` int32 [B, S], 0,
     1, 2, ... per piece in the row and -1 on padding (what Mamba kernels call ``seq_idx``); ``position_ids`` int32
@@ -35,15 +37,27 @@ def unpack(lean: Arrays) -> Arrays:
     position_ids = position_ids.reshape(num_rows, length) * loss_mask
     present = runs > 0
     return {
-        **{name: array for name, array in lean.items() if name != "pieces"},
+        **{name: array for name, array in lean.items() if name not in ("pieces", "last")},
         "tokens": lean["tokens"].astype(np.int32),
-        "targets": lean["targets"].astype(np.int32),
+        "targets": _targets(lean).astype(np.int32),
         "loss_mask": loss_mask,
         "segment_ids": segment_ids,
         "position_ids": position_ids,
         "cu_seqlens": np.concatenate((np.zeros(1, dtype=np.int32), ends[present])),
         "max_seqlen": np.array(runs.max(initial=0), dtype=np.int32),
     }
+
+
+def _targets(lean: Arrays) -> np.ndarray:
+    if "targets" in lean:
+        return lean["targets"]
+    tokens, pieces = lean["tokens"], lean["pieces"]
+    targets = np.zeros_like(tokens)
+    targets[:, :-1] = tokens[:, 1:]
+    present = pieces > 0
+    rows, _ = np.nonzero(present)
+    targets[rows, np.cumsum(pieces, axis=1)[present] - 1] = lean["last"][present]
+    return targets
 
 
 def concatenate_lean(batches: list[Arrays], places: list[list[int]]) -> Arrays:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,10 @@ from data_pipeline.store.manifest import digest_of
 
 STATE_VERSION = 1
 
-_PREFETCH_STEPS = 2
+_PREFETCHED_GROUPS = 2
+# Handing over costs two switches between threads. Steps that are made faster than this are handed over in groups.
+_GROUP_SECONDS = 0.004
+_LARGEST_GROUP = 64
 MicroBatches = list[dict[str, np.ndarray]]
 
 
@@ -118,7 +122,8 @@ class StepLoader:
         self._source = source
         self._lean = lean
         self._layout = (global_batch, micro_batch, dp_rank, dp_size)
-        self._queue: queue.Queue[MicroBatches | _Failure | _End] = queue.Queue(_PREFETCH_STEPS)
+        self._queue: queue.Queue[list[MicroBatches | _Failure | _End]] = queue.Queue(_PREFETCHED_GROUPS)
+        self._group: Iterator[MicroBatches | _Failure | _End] = iter(())
         self._stopping = threading.Event()
         self._last: _Failure | _End | None = None
         self._thread = threading.Thread(target=self._produce, args=(start_step,), name="data-prefetch", daemon=True)
@@ -128,7 +133,7 @@ class StepLoader:
         return self
 
     def __next__(self) -> MicroBatches:
-        item = self._last if self._last is not None else self._queue.get()
+        item = self._last if self._last is not None else self._next_item()
         if isinstance(item, _Failure):
             self._last = item
             raise item.error
@@ -153,6 +158,7 @@ class StepLoader:
             except queue.Empty:
                 break
         self._thread.join()
+        self._group = iter(())
         if not isinstance(self._last, _Failure):
             self._last = _End()
 
@@ -162,17 +168,33 @@ class StepLoader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _next_item(self) -> MicroBatches | _Failure | _End:
+        item = next(self._group, None)
+        if item is None:
+            self._group = iter(self._queue.get())
+            item = next(self._group)
+        return item
+
     def _produce(self, step: int) -> None:
+        """Put groups of steps: the first alone, so that nothing waits for a group to fill, then as fast steps allow."""
+        group: list[MicroBatches | _Failure | _End] = []
         try:
             num_samples = self._source.num_samples
+            size = 1
             while not self._stopping.is_set():
-                if num_samples is not None and step * self._layout[0] >= num_samples:
-                    self._queue.put(_End())
-                    return
-                self._queue.put([self._rows(r, num_samples) for r in micro_batch_indices(step, *self._layout)])
-                step += 1
+                started = time.perf_counter()
+                while len(group) < size and not self._stopping.is_set():
+                    if num_samples is not None and step * self._layout[0] >= num_samples:
+                        self._queue.put([*group, _End()])
+                        return
+                    group.append([self._rows(r, num_samples) for r in micro_batch_indices(step, *self._layout)])
+                    step += 1
+                is_fast = time.perf_counter() - started < _GROUP_SECONDS / 2
+                size = min(2 * size, _LARGEST_GROUP) if is_fast else max(1, size // 2)
+                self._queue.put(group)
+                group = []
         except BaseException as error:  # handed over whole: the consumer decides
-            self._queue.put(_Failure(error))
+            self._queue.put([*group, _Failure(error)])
 
     def _rows(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
         return step_rows(self._source, indices, num_samples, self._lean)
@@ -182,6 +204,8 @@ def step_rows(source: SampleSource, indices: range, num_samples: int | None, lea
     """Rows ``indices`` of ``source`` with their ``sample_ids`` (int64); those past the end hold no target."""
     read = getattr(source, "lean", source.batch)
     present = len(indices) if num_samples is None else max(0, min(len(indices), num_samples - indices.start))
+    if present < len(indices) and hasattr(source, "padded_batch"):  # its arrays are not all by row
+        return source.padded_batch(indices, present) | {"sample_ids": np.array(indices, dtype=np.int64)}
     batch = read([index if number < present else 0 for number, index in enumerate(indices)])
     if present < len(indices):
         for name, array in batch.items():

@@ -162,5 +162,11 @@ def _reader(manifest: Manifest, blocks: BlockIndex, settings: CacheSettings) -> 
     from data_pipeline.fetch.cache import SegmentCache
 
     plain = BlockReader(manifest, blocks)
-    cache = SegmentCache(manifest.storage, settings.path(), settings.max_bytes, verify=plain.verify)
+    cache = SegmentCache(
+        manifest.storage,
+        settings.path(),
+        settings.max_bytes,
+        verify=plain.verify,
+        identity=manifest.fingerprint,
+    )
     return BlockReader(manifest, blocks, cache.read), cache

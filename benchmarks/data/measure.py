@@ -39,6 +39,8 @@ def main() -> None:
     else:
         _serve(answers, contender, variant, Path(dataset), Path(out), int(sys.argv[6]), imported)
     answers.flush()
+    if hasattr(contender, "clean_up"):
+        contender.clean_up()
     # Libraries leave threads and processes behind that would keep this one alive.
     os._exit(0)
 
@@ -80,6 +82,7 @@ def take(iterator: Iterator[Any], seconds: float) -> dict[str, float]:
     narrow = {torch.uint16, torch.int16, torch.uint8}
     positions = rows = 0
     paused = 0.0
+    processor = processor_seconds()
     now = started = time.perf_counter()
     while now - started - paused < seconds:
         batch = next(iterator)
@@ -93,7 +96,21 @@ def take(iterator: Iterator[Any], seconds: float) -> dict[str, float]:
             positions += batch.shape[0] * min(batch.shape[1], SEQUENCE_LENGTH)
             rows += batch.shape[0]
         now = time.perf_counter()
-    return {"positions": positions, "rows": rows, "seconds": now - started - paused, "paused_s": paused}
+    return {
+        "positions": positions,
+        "rows": rows,
+        "seconds": now - started - paused,
+        "paused_s": paused,
+        "cpu_s": processor_seconds() - processor,
+    }
+
+
+def processor_seconds() -> float:
+    """Processor time of this process, its threads and its worker processes so far."""
+    import psutil
+
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def resident_mb() -> float:

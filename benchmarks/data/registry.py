@@ -25,7 +25,7 @@ TEXT = (
         "ours",
         "ours",
         "lean",
-        "global order, best-fit packing, hash of every member; one blocking thread; tokens, targets and piece lengths",
+        "global order, best-fit packing, hash of every member; one blocking thread; lean batches",
         workers=(0,),
     ),
     Contender(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_GRACE = 3.0
 _MEASURE = Path(__file__).with_name("measure.py")
 
 
@@ -31,7 +32,15 @@ class Session:
     def __init__(self, python: Path, arguments: list[str], log: Path, timeout: float) -> None:
         self._log, self._timeout = log, timeout
         self._buffer = b""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        temporary = log.with_name("tmp")  # some leave lock files behind
+        temporary.mkdir(exist_ok=True)
+        environment = {
+            **os.environ,
+            "TMPDIR": str(temporary),
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         with open(log, "wb") as stream:
             self._process = subprocess.Popen(
                 [str(python), str(_MEASURE), *arguments],
@@ -58,17 +67,18 @@ class Session:
         self._signal(signal.SIGSTOP)
         return answer
 
-    def wait(self) -> None:
-        """Wait until it ends by itself."""
-        self._process.wait(self._timeout)
-
     def close(self) -> None:
-        """End the whole group."""
-        self._signal(signal.SIGKILL)
-        self._process.wait()
+        """Let it end by itself, then end what is left of the group."""
+        self._signal(signal.SIGCONT)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE)
+            # Python's resource tracker, in the same group, now removes semaphores that were left behind.
+            time.sleep(0.1)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
 
     def __enter__(self) -> Session:
         return self

@@ -83,7 +83,10 @@ def goals(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _print(table: dict[str, dict[str, Any]], raw: dict[str, Any] | None, failures: dict[str, str]) -> None:
-    print(f"\n{'text':<48}{'1 process':>12}{'quartiles':>18}{'of raw read':>13}{'2 workers':>11}{'ours/theirs':>13}")
+    print(
+        f"\n{'text, Mtokens/s':<48}{'1 process':>12}{'quartiles':>18}{'of raw read':>13}{'per CPU s':>11}"
+        f"{'2 workers':>11}{'ours/theirs':>13}"
+    )
     ours = best(table.get("ours"))
     for name, entry in sorted(table.items(), key=lambda item: -(best(item[1]) or 0)):
         alone, pair = entry.get("workers_0"), entry.get("workers_2")
@@ -91,6 +94,8 @@ def _print(table: dict[str, dict[str, Any]], raw: dict[str, Any] | None, failure
         cells.append(f"{alone['median']:>12.1f}{alone['low']:>9.1f}{alone['high']:>9.1f}" if alone else " " * 30)
         share = alone["median"] / raw["median"] if alone and raw else None
         cells.append(f"{share:>12.2%} " if share else " " * 13)
+        frugal = alone.get("median_per_cpu_s") if alone else None
+        cells.append(f"{frugal:>11.1f}" if frugal else " " * 11)
         cells.append(f"{pair['median']:>11.1f}" if pair else " " * 11)
         theirs = best(entry)
         cells.append(f"{ours / theirs:>13.2f}" if ours and theirs else "")

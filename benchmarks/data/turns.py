@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,8 +41,10 @@ def take_turns(
     rate: Callable[[dict[str, Any]], float],
     baselines: dict[str, Callable[[Path, float], float]],
 ) -> dict[str, dict[str, Any]]:
-    """Quartiles of each contender's ``rate``, with dtype and memory; ``baselines`` are measured in this process."""
+    """Quartiles of each contender's ``rate`` (also per second of processor time, which other load disturbs less), dtype
+    and memory; ``baselines`` are measured in this process."""
     rates: dict[str, list[float]] = {}
+    frugal: dict[str, list[float]] = {}
     opened: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         sessions: list[tuple[str, Session]] = []
@@ -65,9 +68,12 @@ def take_turns(
                     sessions.remove((name, session))
                     continue
                 rates.setdefault(name, []).append(rate(answer))
+                frugal.setdefault(name, []).append(rate(answer) * answer["seconds"] / max(answer["cpu_s"], 1e-3))
                 opened[name]["resident_mb"] = answer["resident_mb"]
     return {
-        name: quartiles(values) | {key: opened[name][key] for key in ("dtype", "resident_mb") if name in opened}
+        name: quartiles(values)
+        | {key: opened[name][key] for key in ("dtype", "resident_mb") if name in opened}
+        | ({"median_per_cpu_s": statistics.median(frugal[name])} if name in frugal else {})
         for name, values in rates.items()
         if len(values) > 1
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,34 +61,31 @@ def add_kinds(kinds: Any) -> None:
         kind.add_argument("--segment-bytes", type=int, help="size of a segment (default: by the size of the set)")
         kind.add_argument("--workers", type=int, help="processes (default: usable cores)")
         kind.add_argument("--seed", type=int, default=0, help="keys the split and the shuffle (default: %(default)s)")
-        kind.add_argument("--task", type=int, help="number of this task of --tasks, from 0")
-        kind.add_argument("--tasks", type=int, help="tasks that share the work, such as a Slurm array")
+        kind.add_argument("--task", type=int, metavar="K", help="do share K (from 0) of the work; needs --tasks")
+        kind.add_argument("--tasks", type=int, metavar="N", help="number of shares")
+        kind.add_argument("--array", action="store_true", help="take K and N from the Slurm array that this runs in")
         kind.add_argument("--force", action="store_true", help="replace a dataset that is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare what ``args`` ask for; returns the exit code."""
-    from data_pipeline.commands.progress import show_progress
+    from data_pipeline.commands.prepare_text import EXIT_TASKS_UNFINISHED, task_of
+    from data_pipeline.commands.text_progress import show_text_progress
     from data_pipeline.prepare.media.options import MediaOptions
     from data_pipeline.prepare.media.prepare import prepare_media
-    from data_pipeline.prepare.workspace import Task
 
-    if (args.task is None) != (args.tasks is None):
-        raise ValueError("--task and --tasks must be given together")
     names = set(MediaOptions.__dataclass_fields__) - {"kind", "shape"}
     chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
     options = MediaOptions(kind=args.data_kind, shape=_shape(getattr(args, "shape", None)), **chosen)
-    task = None if args.task is None else Task(args.task, args.tasks)
-    with show_progress() as show:
+    task = task_of(args, os.environ)
+    with show_text_progress() as progress:
         report = prepare_media(
-            args.source,
-            args.out,
-            options,
-            workers=args.workers,
-            task=task,
-            force=args.force,
-            progress=lambda status: show(status.phase, status.done, status.total),
+            args.source, args.out, options, workers=args.workers, task=task, force=args.force, progress=progress
         )
+    if report.waiting:
+        way_out = "What to do: when those tasks have ended, run this again; what is done is not done again."
+        print(f"unfinished: {report.waiting}. {way_out}", file=sys.stderr)
+        return EXIT_TASKS_UNFINISHED
     _print_report(report)
     return 0
 
@@ -105,12 +104,10 @@ def _print_report(report: MediaReport) -> None:
 
     manifest = report.manifest
     if manifest is None:
-        print(f"done for now in {report.seconds:.1f} s: {report.waiting}")
+        print("all shards are written; to finish, run the same command without --task, --tasks and --array")
         return
     if report.reused:
         print(f"{manifest.location} already holds exactly this dataset; nothing to do")
     else:
         print(f"wrote {manifest.location} in {report.seconds:.1f} s")
     print_summary(manifest)
-    for reason, count in manifest.origin["dropped"].items():
-        print(f"  dropped {count:>9,} {reason}")

@@ -49,7 +49,7 @@ def show_text_progress() -> Iterator[Progress]:
 def describe(status: Status) -> str:
     """One line: share done, rates of this run, time left, documents dropped by reason."""
     counts, seconds = status.counts, max(status.seconds, 1e-9)
-    parts = [f"{100 * status.fraction:.0f} % of {_amount(status)}"]
+    parts = [f"{int(100 * status.fraction)} % of {_amount(status)}"]
     if counts.documents:
         parts.append(f"{counts.documents / seconds:,.0f} documents/s")
     if counts.bytes:

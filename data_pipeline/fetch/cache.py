@@ -82,14 +82,17 @@ class SegmentCache:
         Replaces the earlier plan: what it asked for and has not started is dropped.
         """
         upcoming = list(upcoming)
+        in_folder: set[ByteRange] = set()
         if self._folder is not None:
-            self._folder.publish([self._folder.key(wanted) for wanted in upcoming])
+            keys = {wanted: self._folder.key(wanted) for wanted in upcoming}
+            self._folder.publish([keys[wanted] for wanted in upcoming])
+            in_folder = {wanted for wanted, key in keys.items() if self._folder.has(key)}
         kept = set(upcoming)
-        with self._changed:
+        with self._lock:
             self._check_open()
             self._plan = upcoming
-            # Kept: what runs, what waits in memory, what failed. Ranges in the folder are looked up again.
-            self._jobs = {
+            # Kept: what runs, what waits in memory, what failed. What was in the folder may have been evicted.
+            self._jobs = {wanted: _Job(done=True) for wanted in in_folder} | {
                 wanted: job
                 for wanted, job in self._jobs.items()
                 if not job.done or (wanted in kept and (job.data is not None or job.error is not None))
@@ -99,7 +102,7 @@ class SegmentCache:
                 thread = threading.Thread(target=self._work, name="segment-prefetch", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-            self._changed.notify_all()
+            self._to_do.notify()
 
     def read(self, wanted: ByteRange) -> bytes:
         """The bytes of ``wanted``, fetched ahead, being fetched (waits) or fetched now.
@@ -107,7 +110,7 @@ class SegmentCache:
         Raises what the storage and ``verify`` raise, also when it happened in a thread; reading once more then tries
         once more.
         """
-        with self._changed:
+        with self._lock:
             self._check_open()
             job = self._jobs.get(wanted)
             own = job is None
@@ -131,8 +134,9 @@ class SegmentCache:
             job.error = error if own else None
             raise
         finally:
-            with self._changed:
+            with self._lock:
                 job.done = True
+                self._done.notify_all()
                 self._forget(wanted, job)
 
     def describe(self) -> dict[str, float]:
@@ -147,11 +151,12 @@ class SegmentCache:
 
     def close(self) -> None:
         """End what is in flight and join the threads. Requests over http end at once, others with their timeouts."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._plan = []
             threads, self._threads = self._threads, []
-            self._changed.notify_all()
+            self._to_do.notify_all()
+            self._done.notify_all()
         if isinstance(self._storage, RemoteStorage):
             self._storage.cancel(self._cancelled)
         for thread in threads:
@@ -161,7 +166,9 @@ class SegmentCache:
 
     def after_fork(self) -> None:
         """A child has no threads, and nothing in flight."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._to_do = threading.Condition(self._lock)  # workers wait on it; each that finds work wakes the next
+        self._done = threading.Condition(self._lock)  # readers wait on it
         self._cancelled = threading.Event()
         self._jobs = {}
         self._threads = []
@@ -178,7 +185,7 @@ class SegmentCache:
 
     def _wait_for(self, job: _Job) -> None:
         begin = time.monotonic()
-        self._changed.wait_for(lambda: job.done or self._closed)
+        self._done.wait_for(lambda: job.done or self._closed)
         self._counters.add("wait_s", time.monotonic() - begin)
         if not job.done:
             self._check_open()
@@ -187,7 +194,7 @@ class SegmentCache:
         if self._jobs.get(wanted) is job:
             del self._jobs[wanted]
         self._no_room = False
-        self._changed.notify_all()
+        self._to_do.notify()
 
     def _next(self) -> ByteRange | None:
         """The next range of the plan to start on, None when there is nothing to do or no room for it."""
@@ -204,7 +211,7 @@ class SegmentCache:
     # Called with or without it.
 
     def _leave_plan(self, wanted: ByteRange) -> None:
-        with self._changed:
+        with self._lock:
             if wanted in self._plan:
                 self._plan.remove(wanted)
                 if self._folder is not None:
@@ -214,14 +221,16 @@ class SegmentCache:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 wanted = self._next()
                 while wanted is None and not self._closed:
-                    self._changed.wait()
+                    self._to_do.wait()
                     wanted = self._next()
                 if wanted is None or self._closed:
                     return
                 job = self._jobs[wanted] = _Job()
+                if self._next() is not None:
+                    self._to_do.notify()
             self._fetch_ahead(wanted, job)
             del job  # while this thread waits, it must not keep the bytes alive
 
@@ -235,14 +244,14 @@ class SegmentCache:
                 room = self._fetch_into(self._folder, wanted)
         except BaseException as error:  # raised by read of this range
             job.error = error
-        with self._changed:
+        with self._lock:
             job.done = True
             if not room:
                 self._no_room = True  # until something is read or the plan changes
             unwanted = job.error is None and wanted not in self._plan
             if (not room or unwanted) and self._jobs.get(wanted) is job:
                 del self._jobs[wanted]
-            self._changed.notify_all()
+            self._done.notify_all()
 
     def _fetch_into(self, folder: CacheFolder, wanted: ByteRange) -> bool:
         """Make ``wanted`` an entry, unless it is one or another process is at it; False when there is no room."""

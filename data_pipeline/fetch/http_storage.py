@@ -78,6 +78,7 @@ class HttpStorage(RemoteStorage):
         """See :meth:`RemoteStorage.request`."""
         shown = self.file_url(name)
         target = f"{shown}?{self._query}" if self._query else shown
+        body = _Body(time.monotonic() + self.settings.deadline_s)
         with self._failures(shown), self._connections.tagged(cancelled):
             response = self._manager.request(
                 "GET",
@@ -88,7 +89,7 @@ class HttpStorage(RemoteStorage):
             )
             complete = False
             try:
-                answer, complete = self._answer(response, shown, name, start, stop)
+                answer, complete = self._answer(response, body, shown, name, start, stop)
             finally:
                 if complete:
                     response.release_conn()
@@ -97,22 +98,22 @@ class HttpStorage(RemoteStorage):
         return answer
 
     def _answer(
-        self, response: urllib3.BaseHTTPResponse, shown: str, name: str, start: int, stop: int
+        self, response: urllib3.BaseHTTPResponse, body: _Body, shown: str, name: str, start: int, stop: int
     ) -> tuple[Answer, bool]:
         """The answer, and whether nothing is left on the connection."""
         status, encoding = response.status, response.headers.get("Content-Encoding", "identity")
         if status in (200, 206) and encoding != "identity":
             raise refused(shown, f"the server sent {encoding} although asked for plain bytes")
         if status == 206:
-            return _partial(response, start, stop), True
+            return _partial(response, body, start, stop), True
         if status == 200:
             self._has_ranges = False
             self.counters.add("ignored_ranges")
-            return _cut_from_whole(response, start, stop)
+            return _cut_from_whole(response, body, start, stop)
         if status == 416:
             match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
             if match and match[3] != "*":
-                return Answer(b"", int(match[3])), False
+                return Answer([], int(match[3])), False
             raise refused(shown, "the file has no such bytes (HTTP 416)")
         wait_s = _retry_after(response.headers.get("Retry-After"))
         raise status_error(shown, name, status, response.reason or "", wait_s)
@@ -229,7 +230,7 @@ class _Connections:
             self._open.add(connection)
 
 
-def _partial(response: urllib3.BaseHTTPResponse, start: int, stop: int) -> Answer:
+def _partial(response: urllib3.BaseHTTPResponse, body: _Body, start: int, stop: int) -> Answer:
     header = response.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.match(header)
     if match is None or match[1] is None:
@@ -242,41 +243,49 @@ def _partial(response: urllib3.BaseHTTPResponse, start: int, stop: int) -> Answe
     length = response.headers.get("Content-Length")
     if length is not None and length != str(end - first):
         raise TransientError(f"{length} bytes of body for Content-Range {header!r}")
-    data = _take(response, end - first)
-    if len(data) < end - first:
+    answer = Answer(body.take(response, end - first), total)
+    if answer.length < end - first:
         raise TransientError("the body ended early")
-    if _take(response, 1):
+    if body.take(response, 1):
         raise TransientError("the body is longer than its Content-Range")
-    return Answer(data, total)
+    return answer
 
 
-def _cut_from_whole(response: urllib3.BaseHTTPResponse, start: int, stop: int) -> tuple[Answer, bool]:
+def _cut_from_whole(response: urllib3.BaseHTTPResponse, body: _Body, start: int, stop: int) -> tuple[Answer, bool]:
     """Bytes ``[start, stop)`` of a body that is the whole file."""
     length = response.headers.get("Content-Length", "")
     total = int(length) if length.isdigit() else None
     position = 0
     while position < start:
-        skipped = len(_take(response, min(start - position, _CHUNK)))
+        skipped = sum(map(len, body.take(response, min(start - position, _CHUNK))))
         if not skipped:
-            return Answer(b"", position if total is None else total), False
+            return Answer([], position if total is None else total), False
         position += skipped
-    data = _take(response, stop - start)
-    if total is None and len(data) < stop - start:
-        total = start + len(data)
-    return Answer(data, total), total is not None and total <= stop
+    answer = Answer(body.take(response, stop - start), total)
+    if total is None and answer.length < stop - start:
+        total = start + answer.length
+    return Answer(answer.pieces, total), total is not None and total <= stop
 
 
-def _take(response: urllib3.BaseHTTPResponse, length: int) -> bytes:
-    """``length`` bytes of the body, fewer at its end. Each system call has the read timeout to itself."""
-    pieces: list[bytes] = []
-    missing_bytes = length
-    while missing_bytes:
-        piece = response.read1(min(missing_bytes, _CHUNK))
-        if not piece:
-            break
-        pieces.append(piece)
-        missing_bytes -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+class _Body:
+    """Reads a body; ``latest``: the monotonic time by which all of it must be there."""
+
+    def __init__(self, latest: float) -> None:
+        self._latest = latest
+
+    def take(self, response: urllib3.BaseHTTPResponse, length: int) -> list[bytes]:
+        """``length`` bytes, fewer at the end. A silent server meets the read timeout, a slow one ``latest``."""
+        pieces: list[bytes] = []
+        left = length
+        while left:
+            piece = response.read1(min(left, _CHUNK))
+            if not piece:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+            if left and time.monotonic() > self._latest:
+                raise TransientError("the body came too slowly")
+        return pieces
 
 
 def _retry_after(value: str | None) -> float:

@@ -35,10 +35,15 @@ _NOT_HEALING = {501, 505}
 @dataclass(frozen=True)
 class Answer:
     """Bytes from the start asked for, fewer than asked only where the file ends; ``total``: the file's size, None
-    when the server does not tell."""
+    when the server does not tell. They stay in the pieces that came: a join costs as much as the transfer."""
 
-    data: bytes
+    pieces: list[bytes]
     total: int | None
+
+    @property
+    def length(self) -> int:
+        """Number of bytes."""
+        return sum(map(len, self.pieces))
 
 
 class RemoteStorage(ABC):
@@ -76,7 +81,7 @@ class RemoteStorage(ABC):
             return self._read_to_end(name, start, cancelled)
         if start < 0 or length < 0:
             raise ValueError(f"{name}: bytes {start} to {start + length} are no range")
-        return self._read_range(name, start, start + length, cancelled)
+        return _joined(self._read_range(name, start, start + length, cancelled))
 
     def size(self, name: str) -> int:
         """See :meth:`data_pipeline.fetch.storage.Storage.size`. One request for one byte: unlike HEAD, signed
@@ -105,49 +110,50 @@ class RemoteStorage(ABC):
 
     def _read_to_end(self, name: str, start: int, cancelled: threading.Event | None) -> bytes:
         # The first part tells the size; most files read whole are small and need no second request.
-        pieces, position, total = [], start, None
+        pieces: list[bytes] = []
+        position, total = start, None
         while total is None:
             answer = self._attempt(name, position, position + self.settings.part_bytes, cancelled)
-            pieces.append(answer.data)
-            position += len(answer.data)
+            pieces += answer.pieces
+            position += answer.length
             total = answer.total
-            if total is None and len(answer.data) < self.settings.part_bytes:
+            if total is None and answer.length < self.settings.part_bytes:
                 total = position
         if start > total:
             raise too_short(self.file_url(name), name, total, start, start)
         if position < total:
-            pieces.append(self._read_range(name, position, total, cancelled))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces += self._read_range(name, position, total, cancelled)
+        return _joined(pieces)
 
-    def _read_range(self, name: str, start: int, stop: int, cancelled: threading.Event | None) -> bytes:
+    def _read_range(self, name: str, start: int, stop: int, cancelled: threading.Event | None) -> list[bytes]:
         step = self.settings.part_bytes if self.has_ranges else stop - start
         bounds = [(low, min(low + step, stop)) for low in range(start, stop, max(step, 1))]
         if not bounds:
-            return b""
+            return []
         rest = [self._workers.submit(partial(self._part, name, *bound, cancelled)) for bound in bounds[1:]]
         try:
-            pieces = [self._part(name, *bounds[0], cancelled), *(future.result() for future in rest)]
+            parts = [self._part(name, *bounds[0], cancelled), *(future.result() for future in rest)]
         except CancelledError:
             raise self._retry.closed_error(self.file_url(name)) from None
         except BaseException:
             for future in rest:
                 future.cancel()
             raise
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return [piece for part in parts for piece in part]
 
     @property
     def has_ranges(self) -> bool:
         """Whether the server is known to ignore ranges is False; then reads are not cut into parts."""
         return True
 
-    def _part(self, name: str, start: int, stop: int, cancelled: threading.Event | None) -> bytes:
+    def _part(self, name: str, start: int, stop: int, cancelled: threading.Event | None) -> list[bytes]:
         answer = self._attempt(name, start, stop, cancelled)
-        if len(answer.data) < stop - start:
+        if answer.length < stop - start:
             raise self._ends_early(name, start, stop, answer)
-        return answer.data
+        return answer.pieces
 
     def _ends_early(self, name: str, start: int, stop: int, answer: Answer) -> DamagedDataError:
-        end = start + len(answer.data) if answer.total is None else answer.total
+        end = start + answer.length if answer.total is None else answer.total
         return too_short(self.file_url(name), name, end, start, stop)
 
     def _attempt(self, name: str, start: int, stop: int, cancelled: threading.Event | None) -> Answer:
@@ -159,10 +165,14 @@ class RemoteStorage(ABC):
                     answer = self.request(name, start, stop, cancelled)
                 finally:
                     self.counters.add("seconds", time.monotonic() - begin)
-            self.counters.add("bytes", len(answer.data))
+            self.counters.add("bytes", answer.length)
             return answer
 
         return self._retry.call(once, self.file_url(name), cancelled)
+
+
+def _joined(pieces: list[bytes]) -> bytes:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def refused(url: str, cause: str) -> FetchError:

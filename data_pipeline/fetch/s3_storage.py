@@ -25,7 +25,6 @@ _REASONS = {400: "Bad Request", 408: "Request Timeout", 429: "Too Many Requests"
 _REASONS |= {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
 # What the client's error text holds -> our words, and whether it may heal. The first that fits counts.
 _CAUSES = (
-    ("169.254.", "no credentials were found (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or s3_anonymous)", False),
     ("NotPartial", "the server ignores byte ranges", False),
     ("BareRedirect", "the server redirects elsewhere; the region is probably wrong", False),
     ("UnexpectedRange", "the server sent other bytes than asked for", True),
@@ -37,6 +36,10 @@ _CAUSES = (
     ("kind: Interrupted", "the connection was broken", True),
     ("HTTP error", "the connection was broken", True),
 )
+
+# Without credentials the client asks the cloud's metadata service, which elsewhere is not there.
+_METADATA_HOST = "169.254."
+_NO_CREDENTIALS = "no credentials were found (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or s3_anonymous)"
 
 _client_process: int | None = None
 
@@ -85,11 +88,11 @@ class S3Storage(RemoteStorage):
             raise status_error(self.file_url(name), name, 401, "") from None
         except BaseError as error:
             if _status(error) == 416:  # the file ends before these bytes; ask how long it is
-                return Answer(b"", self._head(store, name))
+                return Answer([], self._head(store, name))
             raise self._failure(error, name) from error
         if len(data) < min(stop, total) - start:
             raise TransientError("the body ended early")
-        return Answer(data, total)
+        return Answer([data], total)
 
     def _head(self, store: Any, name: str) -> int:
         import obstore
@@ -102,6 +105,8 @@ class S3Storage(RemoteStorage):
 
     def _failure(self, error: Exception, name: str) -> Exception:
         url, status, text = self.file_url(name), _status(error), str(error)
+        if _METADATA_HOST in text and (status is None or status < 429):
+            return refused(url, _NO_CREDENTIALS)
         if status is not None:
             return status_error(url, name, status, _REASONS.get(status, ""))
         for part, cause, heals in _CAUSES:

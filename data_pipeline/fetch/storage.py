@@ -145,6 +145,11 @@ class LocalStorage:
         path = self._path(name)
         return self._retry.call(lambda: self._read(path, name, start, length), str(path))
 
+    def read_into(self, name: str, start: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``start`` on; raises as :meth:`Storage.read`."""
+        path = self._path(name)
+        self._retry.call(lambda: self._read_into(path, name, start, target), str(path))
+
     def size(self, name: str) -> int:
         """See :meth:`Storage.size`."""
         path = self._path(name)
@@ -188,6 +193,22 @@ class LocalStorage:
             os.close(descriptor)
         self.counters.add("bytes", stop - start)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_into(self, path: Path, name: str, start: int, target: memoryview) -> None:
+        descriptor = self._open(path, name)
+        try:
+            done = 0
+            while done < len(target):
+                try:
+                    count = os.preadv(descriptor, [target[done : done + _LARGEST_READ]], start + done)
+                except OSError as error:
+                    raise TransientError(error.strerror or str(error)) from error
+                if not count:
+                    raise too_short(str(path), name, os.fstat(descriptor).st_size, start, start + len(target))
+                done += count
+        finally:
+            os.close(descriptor)
+        self.counters.add("bytes", len(target))
 
     def _open(self, path: Path, name: str) -> int:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.media.decode import DecodeError, Limits
+from data_pipeline.media.decode import DecodeError, Limits, TooLargeError
 
 SPEECH_EXTENSIONS = ("flac", "wav")
 _SIGNATURES = {b"fLaC": "flac", b"RIFF": "wav"}
@@ -32,10 +32,10 @@ class SpeechHeader:
 def read_speech_header(payload: bytes | memoryview, limits: Limits) -> SpeechHeader:
     """Format and length of a recording without decoding it.
 
-    Raises DecodeError for another format, a broken header, and more bytes or seconds than ``limits`` allow.
+    Raises DecodeError for another format or a broken header, TooLargeError for more than ``limits`` allow.
     """
     if len(payload) > limits.max_bytes:
-        raise DecodeError(f"{len(payload)} bytes, more than the {limits.max_bytes} allowed")
+        raise TooLargeError(f"{len(payload)} bytes, more than the {limits.max_bytes} allowed")
     extension = _SIGNATURES.get(bytes(payload[:4]))
     if extension is None or (extension == "wav" and bytes(payload[8:12]) != b"WAVE"):
         raise DecodeError(f"not a FLAC or WAV recording (it begins with {bytes(payload[:8])!r})")
@@ -45,7 +45,7 @@ def read_speech_header(payload: bytes | memoryview, limits: Limits) -> SpeechHea
         raise DecodeError("the recording is empty")
     if header.frames > limits.max_seconds * header.rate or header.channels > _MAX_CHANNELS:
         found = f"{header.frames / header.rate:.0f} s of {header.channels} channels"
-        raise DecodeError(f"{found}, more than the {limits.max_seconds:.0f} s and {_MAX_CHANNELS} channels allowed")
+        raise TooLargeError(f"{found}, more than the {limits.max_seconds:.0f} s and {_MAX_CHANNELS} channels allowed")
     return header
 
 
@@ -59,7 +59,7 @@ def decode_speech(payload: bytes | memoryview, limits: Limits, rate: int | None 
         try:
             samples = sound.read(dtype="float32", always_2d=True)
         except RuntimeError as error:  # the base of soundfile's errors
-            raise DecodeError(f"{header.extension} cannot be decoded: {error}") from None
+            raise DecodeError(f"{header.extension} cannot be decoded: {_reason(error)}") from None
     if len(samples) != header.frames or _declared_wav_bytes(payload, header.extension) > len(payload):
         raise DecodeError(f"{header.extension} is cut short: {len(samples)} of {header.frames} frames are there")
     mono = samples[:, 0] if header.channels == 1 else samples.mean(axis=1, dtype=np.float32)
@@ -125,4 +125,9 @@ def _open(payload: bytes | memoryview, extension: str) -> Any:
     try:
         return soundfile.SoundFile(io.BytesIO(payload), format=None)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise DecodeError(f"{extension} cannot be opened: {error}") from None
+        raise DecodeError(f"{extension} cannot be opened: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What libsndfile says, without the object it says it about."""
+    return str(error).rpartition(": ")[2]

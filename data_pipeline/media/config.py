@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from data_pipeline.store.manifest import Manifest
 
 _EXTENDABLE = {"extendable": True}
+_ROWS_WANTED, _FEWEST_LANES = 32, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +262,9 @@ class InterleavedDataConfig(_MediaFields):
     An image takes ``image_tokens`` positions and comes as ``image_size`` x ``image_size`` pixels; a second of speech
     takes ``speech_tokens_per_second`` and comes at ``speech_rate`` Hz. ``image_id`` and ``speech_id`` fill these
     positions; a start or end id that is not None puts a marker around each span. Ids may lie beyond the tokenizer's.
+
+    Rows are packed within a segment. Where the recommended ones are too small to pack well, segments are enlarged and
+    lanes reduced by the same factor, unless ``num_lanes`` or ``segment_bytes`` is given.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("interleaved",)
@@ -329,6 +333,7 @@ class InterleavedDataConfig(_MediaFields):
         from data_pipeline.media.interleaved_source import InterleavedSource
 
         spans = SpanPlan(self._layout(), self.sequence_length)
+        num_lanes, segment_bytes = self._lanes_and_segments(manifest)
         transform = ImageTransform(size=self.image_size)
         options = {
             "layout": spans.layout,
@@ -343,14 +348,28 @@ class InterleavedDataConfig(_MediaFields):
             manifest,
             split,
             seed=seed,
-            num_lanes=self.num_lanes,
-            segment_bytes=self.segment_bytes,
+            num_lanes=num_lanes,
+            segment_bytes=segment_bytes,
             access=self._access(),
             count_rows=spans.count_rows,
             plan_key=spans.key,
             row_key=[dataclasses.asdict(spans.layout), dataclasses.asdict(transform), self.speech_rate],
             options=options,
         )
+
+    def _lanes_and_segments(self, manifest: Manifest) -> tuple[int | None, int | None]:
+        if self.num_lanes is not None or self.segment_bytes is not None:
+            return self.num_lanes, self.segment_bytes
+        content, layout = manifest.content, self._layout()
+        facts = content["interleaved"]
+        positions = facts.get("text_tokens", 0) + facts.get("images", 0) * layout.width(["image", 0, 0])
+        positions += facts.get("speech_milliseconds", 0) * self.speech_tokens_per_second / 1000
+        lanes, size = int(content["num_lanes"]), int(content["segment_bytes"])
+        total = sum(split["bytes"] for split in content["splits"].values())
+        # The last row of a segment is half empty in the mean, so there should be many others.
+        while lanes > _FEWEST_LANES and positions * size < _ROWS_WANTED * self.sequence_length * total:
+            lanes, size = lanes // 2, size * 2
+        return lanes, size
 
     def _layout(self) -> SpanLayout:
         from data_pipeline.media.packing import SpanLayout

@@ -31,6 +31,10 @@ class DecodeError(ValueError):
     """Bytes that are not the medium they should be, are cut short, or are larger than allowed."""
 
 
+class TooLargeError(DecodeError):
+    """More bytes, pixels or seconds than the limits allow: nothing was decoded."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What is refused before any decoder sees it: files and pictures that would fill the memory."""
@@ -90,10 +94,10 @@ class ImageTransform:
 def read_image_header(payload: bytes | memoryview, limits: Limits) -> ImageHeader:
     """Format and size of an image without decoding it.
 
-    Raises DecodeError for another format, a broken header, and more bytes or pixels than ``limits`` allow.
+    Raises DecodeError for another format or a broken header, TooLargeError for more than ``limits`` allow.
     """
     if len(payload) > limits.max_bytes:
-        raise DecodeError(f"{len(payload)} bytes, more than the {limits.max_bytes} allowed")
+        raise TooLargeError(f"{len(payload)} bytes, more than the {limits.max_bytes} allowed")
     extension = _sniff(bytes(payload[:16]))
     header = _turbo_header(payload) if extension == "jpg" else None
     if header is None:
@@ -106,7 +110,7 @@ def read_image_header(payload: bytes | memoryview, limits: Limits) -> ImageHeade
         )
     if header.height * header.width > limits.max_pixels:
         found = f"{header.width} x {header.height}"
-        raise DecodeError(f"{found} pixels, more than the {limits.max_pixels} allowed in all")
+        raise TooLargeError(f"{found} pixels, more than the {limits.max_pixels} allowed in all")
     return header
 
 
@@ -184,7 +188,7 @@ def transformed(
     header = read_image_header(payload, limits)
     height, width = scaled_size(header.height, header.width, transform.shorter_side)
     if height * width > limits.max_pixels:
-        raise DecodeError(f"{header.width} x {header.height} pixels are too long and thin to be resized")
+        raise TooLargeError(f"{header.width} x {header.height} pixels are too long and thin to be resized")
     pixels = _decode(payload, header, transform.shorter_side, _scratch)
     if pixels.shape[:2] != (height, width):
         shrinking = min(pixels.shape[:2]) / transform.shorter_side

@@ -100,6 +100,9 @@ class ImageSource(MediaSource[None, ImageRow]):
             arrays["caption_tokens"], arrays["caption_mask"] = pad_tokens(captions, self._caption_tokens)
         return arrays
 
+    def _blank(self, row: ImageRow) -> ImageRow:
+        return ImageRow(None if row.caption is None else row.caption[:0])
+
     def _origins(self, request: RowRequest[None]) -> list[dict[str, Any]]:
         sample = self._sample(request)
         return [{"shard": sample.shard, "key": sample.key, **_named(sample)}]

@@ -199,6 +199,11 @@ class InterleavedSource(MediaSource[PackedSegment, InterleavedRow]):
             "speech_spans": _span_table(speech),
         }
 
+    def _blank(self, row: InterleavedRow) -> InterleavedRow:
+        nothing = row.tokens[:0]
+        modalities = row.modalities[:0]
+        return InterleavedRow(nothing, nothing, modalities, modalities, [], [], [])
+
     def _origins(self, request: RowRequest[PackedSegment]) -> list[dict[str, Any]]:
         packed = request.segment.content
         origins = []

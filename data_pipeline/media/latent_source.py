@@ -119,6 +119,13 @@ class LatentSource(MediaSource[None, LatentRow]):
             arrays["caption_tokens"], arrays["caption_mask"] = pad_tokens(captions, self._caption_tokens)
         return arrays
 
+    def _blank(self, row: LatentRow) -> LatentRow:
+        conditioning = row.conditioning
+        if conditioning is not None:
+            conditioning = conditioning[:0] if conditioning.ndim == 2 else np.zeros_like(conditioning)
+        caption = None if row.caption is None else row.caption[:0]
+        return LatentRow(np.zeros_like(row.latent), conditioning, None if row.label is None else 0, caption)
+
     def _origins(self, request: RowRequest[None]) -> list[dict[str, Any]]:
         sample = request.segment.samples[request.row]
         source = {"source": sample.attributes["source"]} if "source" in sample.attributes else {}

@@ -20,7 +20,7 @@ import numpy as np
 from data_pipeline.errors import DamagedDataError
 from data_pipeline.fetch.storage import ByteRange
 from data_pipeline.keyed import keyed_permutation
-from data_pipeline.media.decode import DecodeError, keyed_words
+from data_pipeline.media.decode import DecodeError, TooLargeError, keyed_words
 from data_pipeline.media.plan import SamplePlan
 from data_pipeline.media.samples import SampleReader
 from data_pipeline.order import LaneOrder, Place, SequentialOrder
@@ -35,6 +35,7 @@ Prefetch = Callable[[Sequence[ByteRange]], None]
 _MOST_WORKERS = 8
 _SUBSTITUTES_TRIED = 64
 _KEPT_SUBSTITUTES = 4
+_RAISE_LIMITS = "raise max_pixels or max_bytes of the data configuration, or prepare the dataset without it"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ class MediaSource(Generic[Opened, Row]):
         """The arrays of a batch."""
         raise NotImplementedError
 
+    def _blank(self, row: Row) -> Row:
+        """A row of padding that fits beside ``row``."""
+        raise NotImplementedError
+
     def _origins(self, request: RowRequest[Opened]) -> list[dict[str, Any]]:
         """Provenance of each part of a row."""
         raise NotImplementedError
@@ -124,16 +129,34 @@ class MediaSource(Generic[Opened, Row]):
     # The protocol.
 
     def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """Arrays of global samples ``indices``. Raises DamagedDataError, IndexError (finite sources)."""
+        """Arrays of global samples ``indices``, with ``sample_mask`` bool [B], True for every sample.
+
+        Raises DamagedDataError, FetchError, IndexError (finite sources).
+        """
         return self.rows([(index % self.num_lanes, index // self.num_lanes) for index in indices])
 
     def rows(self, addresses: Sequence[Address]) -> dict[str, np.ndarray]:
         """Arrays of the rows at (lane, position); raises as :meth:`batch`."""
+        return self._arrays(addresses, len(addresses))
+
+    def padded_batch(self, indices: Sequence[int], present: int) -> dict[str, np.ndarray]:
+        """As :meth:`batch`, but only the first ``present`` rows are samples; the others are blank, and False in
+        ``sample_mask``."""
+        return self._arrays([(index % self.num_lanes, index // self.num_lanes) for index in indices], present)
+
+    def _arrays(self, addresses: Sequence[Address], present: int) -> dict[str, np.ndarray]:
+        # A batch without any sample still needs one to be like.
+        wanted = addresses[:present] or [(0, 0)]
         allocated = self._allocate(len(addresses))
-        rows, substituted = self._load_all(addresses, allocated)
+        rows, substituted = self._load_all(wanted, allocated)
+        if allocated is not None:
+            allocated[present:] = 0
+        rows = rows[:present] + [self._blank(rows[0])] * (len(addresses) - present)
         arrays = self._collate(rows, allocated)
+        arrays["sample_mask"] = np.arange(len(addresses)) < present
         if self.bad_data.substitutes:
-            arrays["substituted"] = np.array(substituted, dtype=bool)
+            arrays["substituted"] = np.array(substituted + [False] * len(addresses))[: len(addresses)]
+            arrays["substituted"] &= arrays["sample_mask"]
         return arrays
 
     def provenance(self, index: int) -> list[dict[str, Any]]:
@@ -166,7 +189,7 @@ class MediaSource(Generic[Opened, Row]):
             places = [self._order.locate_in_lane(*address) for address in addresses]
             self._look_ahead(places)
             requests = [self._request(place, address) for place, address in zip(places, addresses, strict=True)]
-        slots = [None] * len(addresses) if allocated is None else list(allocated)
+        slots = [None] * len(addresses) if allocated is None else list(allocated[: len(addresses)])
         run = map if self._pool is None else self._pool.map
         results = list(run(self._try, requests, slots))
         rows: list[Row] = []
@@ -296,6 +319,8 @@ class MediaSource(Generic[Opened, Row]):
         """What ``decode`` gives; its DecodeError becomes the damage of the member."""
         try:
             return decode()
+        except TooLargeError as error:
+            raise self._reader.damaged(sample, extension, str(error), _RAISE_LIMITS) from None
         except DecodeError as error:
             raise self._reader.damaged(sample, extension, str(error)) from None
 

@@ -110,12 +110,13 @@ class SampleReader:
                 found[extension] = check_member(view, start, path, sample.header_name(extension), entry)
         return found
 
-    def damaged(self, sample: Sample, extension: str, problem: str) -> DamagedDataError:
-        """The error for a member that holds something else than it should."""
+    def damaged(self, sample: Sample, extension: str, problem: str, remedy: str | None = None) -> DamagedDataError:
+        """The error for a member that holds something else than it should; ``remedy`` None: restore the shard."""
         name = f"{sample.key}.{extension}"
         first = min(member["offset"] for member in sample.members.values())
         byte = sample.members.get(extension, {}).get("offset", first)
-        return tar.damaged(self.path(sample.shard), byte, f"member {name}: {problem}", member=name)
+        given = {} if remedy is None else {"remedy": remedy}
+        return tar.damaged(self.path(sample.shard), byte, f"member {name}: {problem}", member=name, **given)
 
     def verify(self, wanted: ByteRange, payload: bytes) -> None:
         """Check all members of samples that lie in ``wanted``; for caches. Raises DamagedDataError."""

@@ -94,9 +94,10 @@ def options_for_append(options: PrepareOptions, existing: Manifest) -> PrepareOp
     )
 
 
-def was_appended(existing: Manifest, digest: str) -> bool:
-    """Whether the very same request has been appended before."""
-    return any(entry["inputs_digest"] == digest for entry in existing.origin.get("appended", []))
+def holds(manifest: Manifest, request: Request) -> bool:
+    """Whether the dataset was made, or extended before, by the very same request."""
+    made = [manifest.origin] if request.appends_to is None else manifest.origin.get("appended", [])
+    return any(origin.get("inputs_digest") == request.digest for origin in made)
 
 
 def write_held_out(space: Workspace, existing: Manifest) -> None:
@@ -119,7 +120,7 @@ def check_existing(out: Path, request: Request) -> Manifest:
         manifest = Manifest.load(out)
     except ValueError as error:
         raise DatasetExistsError(f"{out} holds a dataset that cannot be read ({error}). {_WAY_OUT}") from None
-    if manifest.origin.get("inputs_digest") != request.digest:
+    if not holds(manifest, request):
         difference = differences(manifest.origin.get("options", {}), request.choices) or "; the files have changed"
         raise DatasetExistsError(
             f"{out} already holds another dataset (of {manifest.origin.get('corpus')}{difference}). {_WAY_OUT}"

@@ -46,6 +46,11 @@ class Plan:
         """Disk space of the work at its peak, about: spills and shards."""
         return 2 * self.estimated_tokens * np.dtype(self.dtype).itemsize
 
+    @property
+    def shard_bytes(self) -> int:
+        """About the size of one shard."""
+        return self.needed_bytes // 2 // self.num_buckets
+
     @cached_property
     def spill_digest(self) -> str:
         """Tells whether spills made by one plan serve another."""

@@ -55,13 +55,16 @@ class Workers:
             pipe.close()
         self._processes.clear()
 
-    def run(self, stage: str, units: Iterable[int], counted: Callable[[Counts], None]) -> Iterator[int]:
-        """Do ``units`` of ``stage``; yields each when it is finished. ``counted`` gets counters on the way.
+    def run(
+        self, stage: str, units: Iterable[int], counted: Callable[[Counts], None], worthwhile: bool = True
+    ) -> Iterator[int]:
+        """Do ``units`` of ``stage``; yields each when it is finished. ``counted`` gets counters on the way. Work
+        that is not ``worthwhile`` does not start processes, but uses those that are there.
 
         Raises what a unit raised, ChildProcessError when a process dies.
         """
         pending = list(units)[::-1]
-        if self._count == 1 or (len(pending) <= 1 and not self._processes):
+        if self._count == 1 or (not self._processes and (len(pending) <= 1 or not worthwhile)):
             self._here = self._here or self._make(*self._arguments)
             meter = Meter(counted)
             while pending:

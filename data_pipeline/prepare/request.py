@@ -15,7 +15,7 @@ from data_pipeline.prepare.tokenizer import TokenizerFile
 from data_pipeline.store.manifest import digest_of
 
 REQUEST_NAME = "request.json"
-_PIECES_WANTED, _SMALLEST_PIECE, _LARGEST_PIECE = 512, 1 << 20, 1 << 30
+_SMALLEST_PIECE, _USUAL_PIECE, _LARGEST_PIECE = 1 << 20, 1 << 24, 1 << 30
 _THREADS = 16
 
 
@@ -90,13 +90,13 @@ def _identity(file: InputFile) -> list[Any]:
 
 
 def cut_pieces(corpus: Corpus, field: str, piece_bytes: int | None = None) -> list[list[Part]]:
-    """Pieces of about ``piece_bytes`` of input (None: 1/512 of it, within 1 MiB and 1 GiB).
+    """Pieces of about ``piece_bytes`` of input (None: by its size).
 
     Files are joined in order; uncompressed JSONL is cut into ranges of bytes and Parquet by row groups; other
     files are not cut. Raises DamagedDataError for a Parquet file without a footer, ValueError for one without
     a column of text.
     """
-    size = piece_bytes or min(max(corpus.size // _PIECES_WANTED, _SMALLEST_PIECE), _LARGEST_PIECE)
+    size = piece_bytes or _choose_piece_bytes(corpus.size)
     pieces: list[list[Part]] = []
     filled = size
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -108,6 +108,12 @@ def cut_pieces(corpus: Corpus, field: str, piece_bytes: int | None = None) -> li
                 pieces[-1].append(part)
                 filled += max(part.size, 1)
     return pieces
+
+
+def _choose_piece_bytes(size: int) -> int:
+    """Enough pieces to share between workers, large enough for few and large spills: 1/64 of a small input
+    (at least 1 MiB), 16 MiB of a larger one, 1/512 of a very large one (at most 1 GiB)."""
+    return max(_SMALLEST_PIECE, min(size // 64, _USUAL_PIECE), min(size // 512, _LARGEST_PIECE))
 
 
 def _cut_file(file: InputFile, index: int, field: str, size: int) -> list[Part]:

@@ -10,8 +10,8 @@ from data_pipeline.prepare.corpus import Corpus, InputFile
 from data_pipeline.prepare.records import Part, Record, open_parquet, parquet_group_size, read_part
 from data_pipeline.prepare.streams import CHUNK, chunks, network_errors, open_input
 
-_DOCUMENTS, _BYTES, _SHARE = 512, 1 << 21, 16
-_SMALLEST_BUDGET, _SHORTEST_CUT = 1 << 16, 1 << 12
+_DOCUMENTS, _BYTES, _SHARE = 512, 1 << 20, 16
+_SMALLEST_BUDGET, _SHORTEST_CUT = 1 << 16, 1 << 11
 _REMOTE_PLACES, _COMPRESSED_FILES = 64, 8
 
 
@@ -24,7 +24,7 @@ class Sample:
 
 
 def sample_documents(corpus: Corpus, field: str) -> Sample:
-    """Documents from evenly spaced places of the input (each the first few from there on): 2 MiB, or a 16th of
+    """Documents from evenly spaced places of the input (each the first few from there on): a MiB, or a 16th of
     a smaller input. Depends on the input alone."""
     parts = _places(corpus)
     each = -(-_DOCUMENTS // len(parts))
@@ -38,7 +38,7 @@ def sample_documents(corpus: Corpus, field: str) -> Sample:
             for record in islice(records, 4 * each):  # a run of bad ones must not make it read on for long
                 if isinstance(record, Record):
                     text, span = text + len(record.raw), span + record.span
-                    documents.append(_cut(record.raw, max(2 * budget, _SHORTEST_CUT)))
+                    documents.append(cut_text(record.raw, max(budget, _SHORTEST_CUT)))
                     taken += len(documents[-1])
                 if taken >= budget:
                     break
@@ -96,6 +96,6 @@ def _expansion(files: list[InputFile]) -> float:
     return unpacked / packed if packed else 1.0
 
 
-def _cut(raw: bytes, longest: int) -> bytes:
+def cut_text(raw: bytes, longest: int) -> bytes:
     """The first ``longest`` bytes of a text, up to a whole character."""
     return raw if len(raw) <= longest else raw[:longest].decode(errors="ignore").encode()

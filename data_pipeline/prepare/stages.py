@@ -22,6 +22,7 @@ from data_pipeline.prepare.metering import Counts, Drops, Meter
 from data_pipeline.prepare.plan import PLAN_NAME, Plan
 from data_pipeline.prepare.records import Dropped, Record
 from data_pipeline.prepare.request import REQUEST_NAME, Request
+from data_pipeline.prepare.sample import cut_text
 from data_pipeline.prepare.spill import ROWS, SpillBuffer, gather, read_bucket
 from data_pipeline.prepare.streams import network_errors
 from data_pipeline.prepare.workspace import WorkFolder
@@ -34,7 +35,7 @@ HELD_OUT_NAME = "held_out.u8"
 """In an append: sorted hashes of the tokens of every held-out document, which must not be trained on."""
 
 _RUN_BYTES = 1 << 29
-_RECHECKED = 8
+_RECHECKED_SHARE, _RECHECKED_BYTES = 4096, 256
 
 
 def purpose(stage: str, unit: int, request: Request, plan: Plan | None) -> str:
@@ -117,7 +118,9 @@ class Stages:
         buffer = SpillBuffer(self._plan.dtype)
         with network_errors(self._request.piece_files(piece)):
             for number, batch in enumerate(survey.batches(self._request, piece, meter, drops)):
-                done = self._encode(batch, buffer, drops, recheck=number == 0)
+                if number == 0 and self._plan.backend != "hf":
+                    self._recheck(piece, batch)
+                done = self._encode(batch, buffer, drops)
                 counts.add(done)
                 meter.add(done)
                 if buffer.size >= _RUN_BYTES:
@@ -128,11 +131,8 @@ class Stages:
         found = {"documents": counts.documents, "bytes": counts.bytes, "tokens": counts.tokens}
         self._mark(TOKENISE, piece, runs, {**found, "dropped": drops.to_json()})
 
-    def _encode(self, batch: list[Record], buffer: SpillBuffer, drops: Drops, recheck: bool) -> Counts:
-        raws = [record.raw for record in batch]
-        ids, lengths = self._backend(raws)
-        if recheck and self._plan.backend != "hf":
-            self._recheck(batch[:_RECHECKED], ids, lengths)
+    def _encode(self, batch: list[Record], buffer: SpillBuffer, drops: Drops) -> Counts:
+        ids, lengths = self._backend([record.raw for record in batch])
         keep, reasons = self._judge(ids, lengths)
         before = drops.counts.copy()
         for index in np.flatnonzero(~keep).tolist():
@@ -159,11 +159,16 @@ class Stages:
         keep[list(reasons)] = False
         return keep, reasons
 
-    def _recheck(self, batch: list[Record], ids: np.ndarray, lengths: np.ndarray) -> None:
-        lengths = lengths[: len(batch)]
-        ids = ids[: int(lengths.sum())]
-        short = [record.raw for record in batch]
-        difference = first_difference(lambda documents: (ids, lengths), self._reference, short)
+    def _recheck(self, piece: int, batch: list[Record]) -> None:
+        """Compare a fast back end with the reference on a little of every piece, not only on the sample."""
+        budget = max(self._request.piece_size(piece) // _RECHECKED_SHARE, _RECHECKED_BYTES)
+        texts: list[bytes] = []
+        for record in batch:
+            texts.append(cut_text(record.raw, budget))
+            budget -= len(texts[-1])
+            if budget <= 0:
+                break
+        difference = first_difference(self._backend, self._reference, texts)
         if difference is not None:
             record = batch[difference]
             raise ValueError(

@@ -34,6 +34,8 @@ from data_pipeline.store.manifest import MANIFEST_NAME, Manifest
 
 Source = str | os.PathLike[str]
 _PHASES = {stages.SURVEY: "reading documents", stages.TOKENISE: "tokenising", stages.WRITE: "writing shards"}
+# Starting processes takes about a second: work on fewer bytes than these is done without.
+_WORTH_READING, _WORTH_WRITING = 1 << 21, 1 << 26
 
 
 class UnfinishedTasksError(RuntimeError):
@@ -129,18 +131,18 @@ class _Preparation:
         self._totals = Counts()
         self._tokenize_seconds = 0.0
         self._check()
-        existing = Manifest.load(self.out) if self.append else None
-        if existing is not None:
-            self.options = finishing.options_for_append(self.options, existing)
-        given = load_tokenizer_file(self.options.tokenizer) if self.options.tokenizer is not None else None
         corpus = list_corpus()
-        request = Request(
-            corpus, self.options, given, self.backend, [], None if existing is None else existing.fingerprint
-        )
         with workspace(self.out, self.task) as space:
-            found = None if existing is not None else self._find_existing(space, request)
-            if existing is not None and finishing.was_appended(existing, request.digest):
-                found = existing
+            existing = Manifest.load(self.out) if self.append else None
+            if existing is not None:
+                self.options = finishing.options_for_append(self.options, existing)
+            given = load_tokenizer_file(self.options.tokenizer) if self.options.tokenizer is not None else None
+            fingerprint = None if existing is None else existing.fingerprint
+            request = Request(corpus, self.options, given, self.backend, [], fingerprint)
+            if existing is None:
+                found = self._find_existing(space, request)
+            else:
+                found = existing if finishing.holds(existing, request) else None
             if found is not None:
                 if self.task is None:
                     space.discard()
@@ -185,9 +187,19 @@ class _Preparation:
             self._tokenize_seconds = time.perf_counter() - started
             self._check_documents(space, request)
             self._run_stage(space, pool, stages.WRITE, plan.num_buckets, request, plan)
-        if existing is None:
-            return finishing.finish(space, request, plan)
-        return finishing.finish_append(space, request, plan, existing)
+        return self._finish(space, request, plan, existing)
+
+    def _finish(self, space: Workspace, request: Request, plan: Plan, existing: Manifest | None) -> Manifest:
+        try:
+            if existing is None:
+                return finishing.finish(space, request, plan)
+            return finishing.finish_append(space, request, plan, existing)
+        except FileNotFoundError:
+            # Another task found everything done at the same moment, and was faster.
+            manifest = Manifest.load(self.out) if self.task is not None else None
+            if manifest is None or not finishing.holds(manifest, request):
+                raise
+            return manifest
 
     def _take_up(self, space: Workspace, request: Request) -> Request:
         """The frozen request: of the work that is there, or of this command."""
@@ -275,6 +287,8 @@ class _Preparation:
         sizes = request.piece_size if reading else (lambda unit: 1)
         before = sum(map(sizes, earlier))
         total = before + sum(map(sizes, todo))
+        size = total - before if reading or plan is None else plan.shard_bytes * len(todo)
+        worthwhile = size >= (_WORTH_READING if reading else _WORTH_WRITING)
         finished = 0
 
         def show(read: int = 0) -> None:
@@ -287,7 +301,7 @@ class _Preparation:
             self._totals.add(more)
             show(counts.read if reading else 0)
 
-        for unit in pool.run(stage, todo, counted):
+        for unit in pool.run(stage, todo, counted, worthwhile):
             finished += sizes(unit)
             show(counts.read if reading else 0)
         finished = total - before

@@ -34,6 +34,19 @@ class DamagedBlock:
     offsets: np.ndarray | None
 
 
+class Buffer:
+    """Memory that is filled again and again: fresh memory costs as much as reading into it."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def view(self, length: int) -> memoryview:
+        """``length`` bytes of it; what an earlier view showed is lost."""
+        if len(self._bytes) < length:
+            self._bytes = bytearray(length + length // 8)
+        return memoryview(self._bytes)[:length]
+
+
 class BlockReader:
     """Reads ``blocks``. Holds no file open between calls, so it may be used from any thread or process.
 
@@ -44,6 +57,7 @@ class BlockReader:
         self.blocks = blocks
         self._storage = manifest.storage
         self._fetch = fetch or self._read_storage
+        self._read_into = getattr(manifest.storage, "read_into", None) if fetch is None else None
         self.dtype = manifest.dtype
         self._vocab_size = manifest.vocab_size
 
@@ -98,16 +112,24 @@ class BlockReader:
             raise result.error
         return result
 
-    def read_run(self, indices: Sequence[int]) -> list[BlockArrays | DamagedBlock]:
-        """Blocks ``indices`` (ascending, neighbours), with one fetch for each shard they lie in."""
+    def read_run(self, indices: Sequence[int], buffer: Buffer | None = None) -> list[BlockArrays | DamagedBlock]:
+        """Blocks ``indices`` (ascending, neighbours), with one fetch for each shard they lie in.
+
+        With ``buffer`` the arrays may lie in it: they hold until it is used again.
+        """
         results: list[BlockArrays | DamagedBlock] = []
         at = 0
-        for wanted in self.ranges(indices):
+        ranges = self.ranges(indices)
+        for wanted in ranges:
             count = sum(self.blocks[index].shard == wanted.name for index in indices[at:])
             blocks = [self.blocks[index] for index in indices[at : at + count]]
             at += count
             try:
-                payload = memoryview(self._fetch(wanted))
+                if buffer is not None and len(ranges) == 1 and self._read_into is not None:
+                    payload = buffer.view(wanted.length)
+                    self._read_into(wanted.name, wanted.start, payload)
+                else:
+                    payload = memoryview(self._fetch(wanted))
             except DamagedDataError:
                 # One block short of bytes must not take its sound neighbours with it.
                 results.extend(self._read_alone(block) for block in blocks)

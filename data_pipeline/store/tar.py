@@ -28,6 +28,7 @@ _RESTORE = "restore this shard from a copy, or prepare the dataset again with --
 _RESTORE_FOREIGN = "restore this shard from a copy, or write it again"
 _REWRITE = "write this shard again with regular files of safe names only"
 _LARGEST_EXTENDED_HEADER = 1 << 20
+_PIECE = 1 << 20
 _PAX_HARMLESS = frozenset(
     ("mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment", "LIBARCHIVE.creationtime")
 )
@@ -189,12 +190,11 @@ def _walk(stream: BinaryIO, shard: str | os.PathLike[str], foreign: bool, report
                 yield member
         start = position = after
         long_name = None
-    tail = stream.read()
     if start != position:
         raise damaged(shard, start, "an extended header with no member after it", remedy=restore)
-    if len(tail) < BLOCK:
+    if size - position < 2 * BLOCK:
         raise damaged(shard, position, "end-of-archive marker cut short", remedy=restore)
-    if tail.strip(b"\0"):
+    if any(piece.strip(b"\0") for piece in iter(lambda: stream.read(_PIECE), b"")):
         problem = "data after the end-of-archive marker, or a zeroed member header"
         raise damaged(shard, position, problem, remedy=restore)
 

@@ -110,8 +110,8 @@ def test_a_row_depends_on_its_index_alone(dataset: Path, start: int, rng) -> Non
 def test_walking_forwards_packs_each_segment_once(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = train_source(Manifest.load(dataset), 24, 2, seed=5)
     opened = []
-    inner = source._open_segment
-    monkeypatch.setattr(source, "_open_segment", lambda *visit: opened.append(visit[:2]) or inner(*visit))
+    inner = source._opener.open
+    monkeypatch.setattr(source._opener, "open", lambda *visit: opened.append(visit[:2]) or inner(*visit))
     for index in range(0, 400, 4):
         source.batch(range(index, index + 4))
     assert len(opened) > 10

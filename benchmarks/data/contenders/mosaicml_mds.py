@@ -41,6 +41,11 @@ def convert(dataset: Path, out: Path, variant: str) -> None:
                 writer.write({"tokens": row})
 
 
+def clean_up() -> None:
+    """Its shared memory and lock files outlive a process that is ended."""
+    streaming.base.util.clean_stale_shared_memory()
+
+
 def batches(dataset: Path, out: Path, variant: str, workers: int) -> Iterator[torch.Tensor | None]:
     """Epoch after epoch; the clock stops between them."""
     streaming.base.util.clean_stale_shared_memory()

@@ -28,7 +28,8 @@ def open_loader(
 ) -> Iterator[torch.Tensor]:
     """Token tensors int32 [rows, S] from step ``start_step`` on; every array of a micro-batch becomes a tensor.
 
-    Lean batches hold tokens and targets in the stored dtype; both are widened here, in the training process.
+    Lean batches hold token ids in the stored dtype; they are widened here, in the training process. Targets, positions
+    and masks follow from them and the lengths of the pieces, on the device.
     """
     config = TextDataConfig(path=str(dataset), sequence_length=common.SEQUENCE_LENGTH, num_lanes=num_lanes)
     source = config.build(seed=common.SEED).train
@@ -36,6 +37,6 @@ def open_loader(
         for micro_batches in loader:
             for arrays in micro_batches:
                 batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                if lean:
-                    batch |= {name: batch[name].to(torch.int32) for name in ("tokens", "targets")}
+                narrow = [name for name, tensor in batch.items() if tensor.dtype in (torch.uint16, torch.uint32)]
+                batch |= {name: batch[name].to(torch.int32) for name in narrow}
                 yield batch["tokens"]

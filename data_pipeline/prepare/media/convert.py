@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline.media.arrays import array_bytes
 from data_pipeline.media.audio import decode_speech, read_speech_header
 from data_pipeline.media.captions import TEXT_MEMBER, TOKENS_MEMBER, caption_in
-from data_pipeline.media.decode import DecodeError, decode_image, read_image_header
+from data_pipeline.media.decode import DecodeError, TooLargeError, decode_image, read_image_header
 from data_pipeline.media.latent_source import (
     CONDITIONING_MEMBER,
     LATENT_MEMBER,
@@ -153,7 +153,7 @@ def _checked_image(payload: bytes, options: MediaOptions) -> tuple[str, int, int
     try:
         header = read_image_header(payload, options.limits)
     except DecodeError as error:
-        raise RejectError("too large" if "allowed" in str(error) else "undecodable image", str(error)) from None
+        raise RejectError(_reason(error, "undecodable image"), str(error)) from None
     if min(header.height, header.width) < options.min_side:
         raise RejectError("too small", f"{header.width} x {header.height} pixels, not {options.min_side}")
     try:
@@ -161,6 +161,10 @@ def _checked_image(payload: bytes, options: MediaOptions) -> tuple[str, int, int
     except DecodeError as error:
         raise RejectError("undecodable image", str(error)) from None
     return header.extension, header.height, header.width
+
+
+def _reason(error: DecodeError, otherwise: str) -> str:
+    return "too large" if isinstance(error, TooLargeError) else otherwise
 
 
 class ImageConverter:
@@ -301,7 +305,9 @@ class DocumentConverter:
             media.append((extension, payload))
             spans.append(span)
             if span[0] == "speech":
-                facts = merge_facts(facts, {"speech": 1, "longest_speech": span[1:]})
+                milliseconds = -(-1000 * span[1] // span[2])
+                found = {"speech": 1, "speech_milliseconds": milliseconds, "longest_speech": span[1:]}
+                facts = merge_facts(facts, found)
             else:
                 facts = merge_facts(facts, {"images": 1})
         segments, spans = _framed(segments, spans)
@@ -345,7 +351,7 @@ class DocumentConverter:
             header = read_speech_header(payload, self._options.limits)
             decode_speech(payload, self._options.limits)
         except DecodeError as error:
-            raise RejectError("too large" if "allowed" in str(error) else "undecodable speech", str(error)) from None
+            raise RejectError(_reason(error, "undecodable speech"), str(error)) from None
         return header.extension, ["speech", header.frames, header.rate]
 
 

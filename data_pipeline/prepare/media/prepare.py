@@ -51,8 +51,9 @@ _WAY_OUT = "What to do: choose another folder, or replace it with --force."
 
 @dataclass(frozen=True)
 class MediaReport:
-    """What was done: ``manifest`` None while other tasks have work left (``waiting`` says for what); ``reused`` when
-    the folder already held exactly this dataset; ``seconds`` of wall time."""
+    """What was done: ``manifest`` None of a task, which leaves finishing to a run without one (``waiting`` says for
+    what work of others, if any is left); ``reused`` when the folder already held exactly this dataset; ``seconds`` of
+    wall time."""
 
     manifest: Manifest | None
     reused: bool
@@ -84,6 +85,11 @@ def prepare_media(
     if workers < 1:
         raise ValueError(f"workers {workers} must be at least 1")
     target = Path(os.path.abspath(out))
+    if task is not None and force:
+        raise ValueError(
+            "--force cannot be given to one of several tasks, which would undo the work of the others. "
+            f"What to do: remove {target} (and .{target.name}.preparing beside it), then start the tasks."
+        )
     given = load_tokenizer_file(options.tokenizer) if options.tokenizer is not None else None
     listing = list_media(sources, options.kind, exclude=target)
     choices = options.choices(given)
@@ -95,8 +101,7 @@ def prepare_media(
             request = _begin(space, listing, options, given, digest)
             run = _Run(space, request, workers, task, progress or (lambda status: None))
             waiting = run.convert() or run.write()
-            if waiting or task is not None:
-                waiting = waiting or "all shards are written; run the same command without --task to finish"
+            if task is not None:
                 return MediaReport(None, False, time.perf_counter() - started, waiting)
             _finish(space, listing, request, run.plan, choices, digest, sources)
             space.commit()
@@ -210,7 +215,7 @@ class _Run:
 
 
 def _left(left: int, total: int, what: str) -> str:
-    return f"{left} of {total} {what} are left to other tasks; run again when they are done" if left else ""
+    return f"{left} of {total} {what} are left to other tasks" if left else ""
 
 
 def _finish(

@@ -27,6 +27,7 @@ from data_pipeline.prepare.workspace import WorkFolder
 
 CONVERT, WRITE = "convert", "write"
 PLAN_NAME, ORDER_NAME = "plan.json", "order.npy"
+_MOST_OPEN = 256
 _PLACED = np.dtype([("piece", "<u4"), ("row", INDEX)])
 
 
@@ -166,10 +167,7 @@ class MediaStages:
                     for (extension, _, xxh3), payload in zip(head["members"], payloads, strict=True)
                 ]
                 writer.add(members, head["attributes"])
-                meter.add(Counts(written=sum(map(len, payloads))))
+                meter.add(Counts(bytes=sum(map(len, payloads))))
             entry, sidecar, largest = writer.finish()
         self._work.write(f"dataset/{name}.json", sidecar)
         self._work.write_json(report_name(name), {"entry": entry, "largest": largest})
-
-
-_MOST_OPEN = 256

@@ -20,6 +20,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
+    def handle_error(self, request: object, client_address: object) -> None: ...  # resets are meant
+
 
 class FaultServer:
     """Serves ``files`` (URL path -> bytes). ``plan[path]`` holds behaviours for the next requests of a path; then it
@@ -137,6 +139,15 @@ def stall(handler: Handler, data: bytes) -> None:
     handler.wfile.flush()
     handler.owner.release.wait()
     handler.wfile.write(body[len(body) // 2 :])
+
+
+def drip(handler: Handler, data: bytes) -> None:
+    """A byte now and then: never silent, never done."""
+    body = handler.partial_head(data)
+    for position in range(len(body)):
+        handler.wfile.write(body[position : position + 1])
+        if handler.owner.release.wait(0.02):
+            return
 
 
 def silent(handler: Handler, data: bytes) -> None:

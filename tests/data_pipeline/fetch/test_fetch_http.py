@@ -153,6 +153,16 @@ def test_a_fault_that_stays_is_named_with_the_same_words_by_all(
     assert "What to do" in message
 
 
+def test_a_server_that_drips_meets_the_deadline(open_http: Open, server: FaultServer) -> None:
+    server.plan[A].append(faults.drip)
+    storage = open_http(read_timeout_s=60, deadline_s=0.2, first_wait_s=0)
+    assert storage.read("a.tar", 0, 50_000) == DATA[:50_000]
+    assert storage.counters.as_dict()["retries"] == 1
+    server.always[A] = faults.drip
+    with pytest.raises(FetchError, match="the body came too slowly"):
+        open_http(read_timeout_s=60, deadline_s=0.2, attempts=1).read("a.tar", 0, 50_000)
+
+
 def test_one_bad_part_is_repeated_alone(open_http: Open, server: FaultServer) -> None:
     server.plan[A].append(faults.reset)
     assert open_http(part_bytes=20_000).read("a.tar", 0, len(DATA)) == DATA

@@ -172,6 +172,21 @@ def test_a_server_without_ranges_is_refused(server: FaultServer, fake_time: Fake
         open_against(server, fake_time).read("a.tar", 5, 10)
 
 
+def test_missing_credentials_are_named(
+    server: FaultServer, fake_time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's own words for it, as a machine without a metadata service gives them."""
+    from obstore.exceptions import GenericError
+
+    def get(*args: object, **options: object) -> None:
+        raise GenericError("Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 4.2ms")
+
+    monkeypatch.setattr("obstore.get", get)
+    with pytest.raises(FetchError, match=r"^s3://set/a\.tar: .*no credentials were found.*AWS_ACCESS_KEY_ID"):
+        open_against(server, fake_time).read("a.tar", 5, 10)
+    assert fake_time.waits == []
+
+
 def test_refused_connections_are_tried_again(fake_time: FakeTime, server: FaultServer) -> None:
     storage = open_against(server, fake_time, attempts=3, s3_endpoint="http://127.0.0.1:9")
     with pytest.raises(FetchError, match="cannot be reached or refused"):

@@ -391,9 +391,9 @@ def test_bad_documents_are_dropped_with_reasons(tmp_path: Path) -> None:
     write_files(tmp_path, {"outside.jpg": jpeg(3)})
     (source / "link.jpg").symlink_to(source / "ok.jpg")
     (source / "folder").symlink_to(tmp_path)
-    text = {"type": "text", "text": "hello"}
+    text, image = {"type": "text", "text": "hello"}, {"type": "image", "path": "ok.jpg"}
     lines: list[tuple[str, str | None]] = [
-        (json.dumps({"segments": [text, {"type": "image", "path": "ok.jpg"}, {"type": "speech", "path": "ok.flac"}]}), None),
+        (json.dumps({"segments": [text, image, {"type": "speech", "path": "ok.flac"}]}), None),
         ("{", "not JSON"),
         ("[]", "no segments"),
         ('{"segments": []}', "no segments"),
@@ -518,11 +518,15 @@ def test_bytes_do_not_depend_on_workers_tasks_or_pieces(
     expected = contents(tmp_path / "alone")
     prepare_media([source], tmp_path / "pool", small(kind), workers=2)
     assert contents(tmp_path / "pool") == expected
+    waiting = []
     for _ in range(2):  # once to convert, once to write what the others had left
         for index in range(3):
             report = prepare_media([source], tmp_path / "tasks", small(kind), workers=1, task=Task(index, 3))
             assert report.manifest is None
-            assert "left to other tasks" in report.waiting or "without --task" in report.waiting
+            waiting.append(report.waiting)
+    assert "pieces of input are left to other tasks" in waiting[0]
+    assert "shards are left to other tasks" in waiting[2]
+    assert not waiting[-1]
     assert not (tmp_path / "tasks").exists()
     prepare_media([source], tmp_path / "tasks", small(kind), workers=1)
     assert contents(tmp_path / "tasks") == expected
@@ -595,7 +599,7 @@ def test_full_disk_names_the_way_out(image_source: Path, tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards.SampleShardWriter, "add", full)
-    with pytest.raises(OSError, match="finished work is kept.*free space"):
+    with pytest.raises(OSError, match=r"finished work is kept.*free space"):
         prepare_media([image_source], tmp_path / "out", small("images"), workers=1)
     assert not (tmp_path / "out").exists()
 
@@ -626,8 +630,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.run(parser.parse_args(command)) == 0
     printed = capsys.readouterr().out
     assert "images; segments of" in printed
-    assert "dropped         1 undecodable image" in printed
+    assert "broken: undecodable image" in printed
     assert cli.run(parser.parse_args([*command, "--task", "0"])) == 2
+    assert cli.run(parser.parse_args([*command, "--task", "0", "--tasks", "2", "--force"])) == 2
+    shared = [*command[:3], str(tmp_path / "shared"), *command[4:], "--tasks", "2", "--task"]
+    assert [cli.run(parser.parse_args([*shared, task])) for task in "101"] == [75, 75, 0]
+    assert "run the same command without --task" in capsys.readouterr().out
     latents = write_files(tmp_path / "latents", {"a.npy": npy(bfloat16_bits(latent(1))), "a.txt": b"x"})
     command = ["prepare", "latents", str(latents), str(tmp_path / "out2"), "--workers", "1", "--shape", "4,6,8"]
     assert cli.run(parser.parse_args(command)) == 0

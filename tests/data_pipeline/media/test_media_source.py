@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from media_samples import caption, encoded, jpeg, latent, picture, recording, wave, write_files
+from media_samples import caption, documents, encoded, jpeg, latent, picture, recording, wave, write_files
 from PIL import Image
 
 from data_pipeline.errors import DamagedDataError
@@ -160,6 +160,7 @@ def test_images_and_captions_are_those_of_the_files(image_set: Path, image_sourc
         "images": ("uint8", (20, 24, 24, 3)),
         "caption_tokens": ("int32", (20, 12)),
         "caption_mask": ("bool", (20, 12)),
+        "sample_mask": ("bool", (20,)),
     }
     for row in range(20):
         (origin,) = source.provenance(row)
@@ -474,6 +475,19 @@ def test_fingerprint_covers_what_the_rows_depend_on(image_set: Path) -> None:
     assert len({fingerprint(), *others}) == 7
 
 
+def test_small_segments_are_joined_where_rows_are_long(tmp_path: Path) -> None:
+    source = documents(300, tmp_path / "source")
+    options = MediaOptions(kind="interleaved", vocab_size=300, validation_fraction=0.0)
+    manifest = prepare_media([source], tmp_path / "out", options, workers=1).manifest
+    assert manifest is not None
+    recommended = manifest.content["num_lanes"]
+    long = config_of("interleaved", tmp_path / "out", sequence_length=256).build(seed=1).train
+    given = {"num_lanes": recommended, "sequence_length": 256}
+    fixed = config_of("interleaved", tmp_path / "out", **given).build(seed=1).train
+    assert fixed.num_lanes == recommended > long.num_lanes == 4
+    assert long.fill > fixed.fill + 0.05
+
+
 def test_configs_report_all_violations(image_set: Path, document_set: Path, tmp_path: Path) -> None:
     def fields(config: Any) -> set[str]:
         return {field for field, *_ in config.violations()}
@@ -497,6 +511,22 @@ def test_configs_report_all_violations(image_set: Path, document_set: Path, tmp_
     }
 
 
+def test_limits_hold_when_reading_too(image_set: Path) -> None:
+    with pytest.raises(DamagedDataError, match=r"more than the 200 allowed.*raise max_pixels"):
+        ImageDataConfig(path=str(image_set), size=8, max_pixels=200).build(seed=0).train.batch([0])
+
+
+def test_verify_finds_the_sets_sound_and_names_damage(kind: str, folder: Path, tmp_path: Path) -> None:
+    from data_pipeline.store.verify import find_damage
+
+    assert find_damage(folder) == []
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    shard, key = flip(copy, "train", 3, EXTENSION[kind])
+    (fault,) = find_damage(copy)
+    assert shard in fault
+    assert key in fault
+
+
 def test_captions_need_a_tokenizer(tmp_path: Path) -> None:
     source = write_files(tmp_path / "source", {"a.jpg": jpeg(1), "a.txt": b"x"})
     prepare_media([source], tmp_path / "out", MediaOptions(kind="images"), workers=1)
@@ -514,6 +544,30 @@ def test_loader_hands_out_the_same_steps(image_set: Path) -> None:
         for step in (1, 2):
             (batch,) = next(loader)
             np.testing.assert_array_equal(batch["images"], whole[8 * step + 4 : 8 * step + 8])
+
+
+@pytest.mark.parametrize("present", [0, 1, 3])
+def test_padding_is_blank_and_masked(kind: str, folder: Path, present: int) -> None:
+    source = config_of(kind, folder, workers=0).build(seed=5).train
+    whole, padded = source.batch(range(4)), source.padded_batch(range(4), present)
+    assert padded.keys() == whole.keys()
+    assert padded["sample_mask"].tolist() == [row < present for row in range(4)]
+    assert_equal(rows_of(padded, 4)[:present], [{**row, "sample_mask": True} for row in rows_of(whole, 4)[:present]])
+    for row in rows_of(padded, 4)[present:]:
+        for name, value in row.items():
+            blank = -1 if name in ("segment_ids", "modality_ids", "target_modality_ids") else 0
+            assert all(not len(part) for part in value) if isinstance(value, list) else (value == blank).all(), name
+    assert {name: array.dtype for name, array in padded.items()} == {n: array.dtype for n, array in whole.items()}
+
+
+def test_loader_pads_the_end_of_validation(kind: str, folder: Path) -> None:
+    source = config_of(kind, folder, workers=0).build(seed=5).validation
+    seen = []
+    for rank in range(2):
+        with StepLoader(source, 8, 4, rank, 2) as loader:
+            for (batch,) in loader:
+                seen += batch["sample_ids"][batch["sample_mask"]].tolist()
+    assert sorted(seen) == list(range(source.num_samples))
 
 
 def test_grey_png_in_a_document_and_wav(tmp_path: Path) -> None:

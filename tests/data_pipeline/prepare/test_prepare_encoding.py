@@ -33,7 +33,7 @@ class Different(HuggingFace):
     def __call__(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         ids, lengths = super().__call__(documents)
         for end, raw in zip(np.cumsum(lengths), documents, strict=True):
-            if len(raw) > 250:
+            if len(raw) > 200:
                 ids[end - 1] += 1
         return ids, lengths
 

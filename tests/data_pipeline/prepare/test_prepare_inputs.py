@@ -314,6 +314,7 @@ def test_web_urls_with_workers_and_a_server_that_fails(
     tmp_path: Path, web: str, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Quiet, "ranges", ranges)
+    monkeypatch.setattr("data_pipeline.prepare.text._WORTH_READING", 0)
     for number in range(4):
         write_jsonl(tmp_path / "web" / f"{number}.jsonl", TEXTS[number::4])
     packed = gzip.compress((tmp_path / "web" / "0.jsonl").read_bytes())

@@ -22,6 +22,7 @@ from text_corpus import SMALL
 
 import data_pipeline.prepare.plan as plan_module
 import data_pipeline.prepare.stages as stages_module
+import data_pipeline.prepare.text as text_module
 import data_pipeline.prepare.workspace as workspace_module
 from data_pipeline.errors import DatasetExistsError
 from data_pipeline.prepare.metering import Status
@@ -33,6 +34,12 @@ from data_pipeline.store.manifest import Manifest
 ROOT = Path(__file__).parents[3]
 PIECE = 4_000
 NUM_DOCUMENTS = 300
+
+
+@pytest.fixture(autouse=True)
+def _processes_for_small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_WORTH_READING", 0)
+    monkeypatch.setattr(text_module, "_WORTH_WRITING", 0)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +140,12 @@ def test_killed_command_goes_on_where_it_was(
 
 KILLING_WITH_WORKERS = """
 import multiprocessing, os, signal
-from data_pipeline.prepare import pool
+from data_pipeline.prepare import pool, text
 from data_pipeline.prepare.text import PrepareOptions, prepare_text
+text._WORTH_READING = text._WORTH_WRITING = 0
 run = pool.Workers.run
-def killing(self, stage, units, counted):
-    for number, unit in enumerate(run(self, stage, units, counted)):
+def killing(self, stage, *arguments):
+    for number, unit in enumerate(run(self, stage, *arguments)):
         if stage == {stage!r} and number == 2:
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -306,7 +314,9 @@ def test_full_disk_keeps_what_is_done_and_the_old_dataset(
 
 def test_full_disk_in_a_worker_is_the_same_error(source: Path, tmp_path: Path) -> None:
     script = (
+        "from data_pipeline.prepare import text\n"
         "from data_pipeline.prepare.text import PrepareOptions, prepare_text\n"
+        "text._WORTH_READING = text._WORTH_WRITING = 0\n"
         "if __name__ == '__main__':\n"
         f"    prepare_text({str(source)!r}, {str(tmp_path / 'out')!r}, options={SMALL!r}, workers=2)\n"
     )

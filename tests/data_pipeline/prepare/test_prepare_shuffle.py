@@ -48,7 +48,7 @@ def test_shards_are_a_global_uniform_shuffle(tmp_path: Path) -> None:
     and the seed is fixed."""
     count = 4_000
     options = dataclasses.replace(SMALL, validation_fraction=0, shard_bytes=40_000)
-    manifest = prepare_jsonl(tmp_path, random_texts(count), options=options, piece_bytes=10_000)
+    manifest = prepare_jsonl(tmp_path, random_texts(count), options=options, piece_bytes=60_000)
     order = np.array(train_numbers(manifest))
     assert sorted(order.tolist()) == list(range(count))
     shards = [shard["documents"] for shard in manifest.split("train")["shards"]]
@@ -78,7 +78,7 @@ def test_equal_documents_do_not_become_neighbours(tmp_path: Path) -> None:
     assert 60 < pairs < 140  # 100 by chance, standard deviation about 7
 
 
-@pytest.mark.parametrize("piece_bytes", [500, 1 << 20])
+@pytest.mark.parametrize("piece_bytes", [4_000, 1 << 20])
 def test_deduplicate_keeps_one_of_equal_documents(tmp_path: Path, piece_bytes: int) -> None:
     texts = random_texts(120)
     options = dataclasses.replace(SMALL, deduplicate=True)

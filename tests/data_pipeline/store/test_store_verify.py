@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,12 +22,14 @@ from store_sets import (
     foreign_archive,
     image_members,
     image_set,
+    jpeg,
     text_set,
     write_manifest,
 )
 
 from data_pipeline.errors import DamagedDataError, MissingDataError
 from data_pipeline.store.arrays import npy_bytes
+from data_pipeline.store.content import content_faults
 from data_pipeline.store.indexing import IndexOptions, index_folder
 from data_pipeline.store.manifest import SAMPLES_FORMAT, Manifest
 from data_pipeline.store.sidecar import digest_of_bytes
@@ -255,3 +259,41 @@ def test_remote_sets_are_verified_alike(tmp_path: Path, make: Any) -> None:
     shutil.rmtree(folder)
     with pytest.raises(MissingDataError, match=r"https://store\.example/sets/one is not a prepared dataset"):
         Manifest.load("https://store.example/sets/one", Remote(folder))
+
+
+def wave(frames: int, rate: int = 8_000) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, np.zeros(frames), rate, format="WAV")
+    return stream.getvalue()
+
+
+DOCUMENT = {
+    "tok.npy": npy_bytes(np.arange(5, dtype=np.uint16)),
+    "001.jpg": jpeg(20, 10),
+    "003.wav": wave(800),
+}
+SPANS = [["text", 3], ["image", 10, 20], ["text", 2], ["speech", 800, 8_000]]
+
+
+@pytest.mark.parametrize(
+    ("members", "spans", "expected"),
+    [
+        ({}, SPANS, []),
+        ({"001.jpg": jpeg(21, 10)}, SPANS, [("001.jpg", "found ['image', 10, 21], the sidecar says")]),
+        ({"003.wav": wave(799)}, SPANS, [("003.wav", "found ['speech', 799, 8000]")]),
+        ({"003.wav": b"RIFF no sound"}, SPANS, [("003.wav", "not a FLAC or WAV recording")]),
+        ({"tok.npy": npy_bytes(np.arange(4, dtype=np.uint16))}, SPANS, [("", "4 tokens of text, the sidecar says 5")]),
+        ({"tok.npy": npy_bytes(np.array([0, 1, 2, 3, 50], np.uint16))}, SPANS, [("tok.npy", "outside the vocabulary")]),
+        ({"000.jpg": jpeg(8, 8)}, SPANS, [("000.jpg", "no such image or recording")]),
+        ({}, [*SPANS, ["image", 1, 1]], [("", "image number 4 is not there")]),
+    ],
+)
+def test_documents_of_several_media_are_checked_span_by_span(
+    members: dict[str, bytes], spans: list[Any], expected: list[tuple[str, str]]
+) -> None:
+    content = {"kind": "interleaved", "tokenizer": {"vocab_size": VOCABULARY}}
+    found = list(content_faults(content, DOCUMENT | members, {"spans": spans}))
+    assert len(found) == len(expected), found
+    for (extension, problem), (where, message) in zip(found, expected, strict=True):
+        assert message in problem
+        assert where in extension
