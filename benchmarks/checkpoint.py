@@ -186,7 +186,7 @@ class _RandomTokens:
                     "tokens": draw.integers(8192, size=shape, dtype=np.int32),
                     "targets": draw.integers(8192, size=shape, dtype=np.int32),
                     "loss_mask": np.ones(shape, dtype=bool),
-                    "segment_ids": np.zeros(shape, dtype=np.int32),
+                    "seq_idx": np.zeros(shape, dtype=np.int32),
                     "position_ids": np.arange(256, dtype=np.int32)[None],
                     "sample_ids": np.zeros(1, dtype=np.int64),
                 }

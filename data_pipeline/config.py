@@ -131,7 +131,8 @@ def _num_segments(manifest: Manifest) -> int:
 
 
 def _tokenizer_path(manifest: Manifest, fetch: FetchConfig) -> str:
-    """A local ``tokenizer.json``; that of a remote dataset is copied to the cache."""
+    """A local ``tokenizer.json``, its hash checked; that of a remote dataset is copied to the cache."""
+    data = manifest.tokenizer_bytes()
     if manifest.is_local:
         return str(manifest.tokenizer_path)
     import os
@@ -141,21 +142,9 @@ def _tokenizer_path(manifest: Manifest, fetch: FetchConfig) -> str:
     path = folder / f"tokenizer-{manifest.content['tokenizer']['hash']}.json"
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(manifest.tokenizer_bytes())
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     return str(path)
-
-
-def _identity(manifests: dict[str, Manifest]) -> dict[str, Any]:
-    """What a run remembers of its datasets, to name the first shard that differs later."""
-    return {
-        name: {
-            "fingerprint": manifest.fingerprint,
-            "editions": [edition["fingerprint"] for edition in manifest.content.get("editions", [])],
-            "shards": manifest.shard_table(),
-        }
-        for name, manifest in manifests.items()
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +210,9 @@ class TextDataConfig(_TextFields):
 
     def datasets(self) -> dict[str, Any]:
         """Fingerprint and shards of the dataset as it is on disk, for comparison with what a run began with."""
-        return _identity({"text": _load(self.path, self.fetch, None)})
+        from data_pipeline.store.manifest import identities
+
+        return identities({"text": _load(self.path, self.fetch, None)})
 
     def build(self, seed: int) -> DataSources:
         """Open the dataset; ``seed`` keys the order. ``validation`` is None when no document was held out.
@@ -353,7 +344,9 @@ class MixedTextConfig(_TextFields):
 
     def datasets(self) -> dict[str, Any]:
         """Fingerprint and shards of each dataset as it is on disk."""
-        return _identity({name: _load(path, self.fetch, None) for name, path in self.sources.items()})
+        from data_pipeline.store.manifest import identities
+
+        return identities({name: _load(path, self.fetch, None) for name, path in self.sources.items()})
 
     def build(self, seed: int) -> DataSources:
         """Open all datasets; the validation set is theirs, one after the other. Raises as TextDataConfig.build."""

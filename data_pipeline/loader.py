@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.batch import unpack
+from data_pipeline.batch import pad_rows, unpack
 from data_pipeline.source import SampleSource
 from data_pipeline.store.manifest import digest_of
 
@@ -23,7 +23,7 @@ STATE_VERSION = 1
 
 _PREFETCHED_GROUPS = 2
 # Handing over costs two switches between threads. Steps that are made faster than this are handed over in groups.
-_GROUP_SECONDS = 0.004
+_GROUP_SECONDS = 0.016
 _LARGEST_GROUP = 64
 MicroBatches = list[dict[str, np.ndarray]]
 
@@ -202,14 +202,18 @@ class StepLoader:
 
 def step_rows(source: SampleSource, indices: range, num_samples: int | None, lean: bool) -> dict[str, np.ndarray]:
     """Rows ``indices`` of ``source`` with their ``sample_ids`` (int64); those past the end hold no target."""
-    read = getattr(source, "lean", source.batch)
     present = len(indices) if num_samples is None else max(0, min(len(indices), num_samples - indices.start))
     if present < len(indices) and hasattr(source, "padded_batch"):  # its arrays are not all by row
-        return source.padded_batch(indices, present) | {"sample_ids": np.array(indices, dtype=np.int64)}
-    batch = read([index if number < present else 0 for number, index in enumerate(indices)])
+        return source.padded_batch(indices, present) | {
+            "sample_ids": np.arange(indices.start, indices.stop, dtype=np.int64)
+        }
+    if hasattr(source, "lean"):
+        batch = pad_rows(source.lean(indices[:present]), len(indices))
+        return (batch if lean else unpack(batch)) | {
+            "sample_ids": np.arange(indices.start, indices.stop, dtype=np.int64)
+        }
+    batch = source.batch([index if number < present else 0 for number, index in enumerate(indices)])
     if present < len(indices):
         for name, array in batch.items():
-            array[present:] = -1 if name == "segment_ids" else 0
-    if "pieces" in batch and not lean:
-        batch = unpack(batch)
-    return batch | {"sample_ids": np.array(indices, dtype=np.int64)}
+            array[present:] = -1 if name == "seq_idx" else 0
+    return batch | {"sample_ids": np.arange(indices.start, indices.stop, dtype=np.int64)}

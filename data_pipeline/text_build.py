@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from data_pipeline.fetch.cache import SegmentCache
 
 ORDER = "lanes-2"
+REMOTE_THREADS = 16
+"""Fetching ahead: enough to hide the latency of an object store."""
 
 
 @dataclass(frozen=True)
@@ -168,5 +170,6 @@ def _reader(manifest: Manifest, blocks: BlockIndex, settings: CacheSettings) -> 
         settings.max_bytes,
         verify=plain.verify,
         identity=manifest.fingerprint,
+        threads=REMOTE_THREADS,
     )
     return BlockReader(manifest, blocks, cache.read), cache

@@ -28,13 +28,14 @@ Piece = tuple[int, int, int, int]
 
 @dataclass
 class OpenSegment:
-    """A segment packed for one visit. ``pieces`` and ``spans`` are by row, in the order in which the visit reads them.
+    """A segment packed for one visit. ``pieces`` and ``spans`` are by row, in the order in which the visit reads
+    them.
 
-    ``tokens`` [T] are the tokens as stored. ``pieces[i]`` are the pieces of row i. ``described`` int32 [2, pieces] holds
-    each piece's positions and the target of its last one, which is no token of the row; those of row i are
-    ``described[:, begin:end]`` with ``spans[i] = (begin, end)``. Lists, because taking one item of them is several times
-    faster than of arrays. ``lost`` are rows that damage makes unreadable, ``substitutes`` the segment and row that stand
-    in for each.
+    ``tokens`` [T] are the tokens as stored. ``pieces[i]`` are the pieces of row i. ``described`` int32 [2, pieces]
+    holds each piece's positions and the target of its last one, which is no token of the row; those of row i are
+    ``described[:, begin:end]`` with ``spans[i] = (begin, end)``. Lists, because taking one item of them is several
+    times faster than of arrays. ``lost`` are rows that damage makes unreadable, ``substitutes`` the segment and row
+    that stand in for each.
     """
 
     number: int

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipeline.array_pool import ArrayPool
 from data_pipeline.batch import Arrays, unpack
 from data_pipeline.order import LaneOrder, Place, SequentialOrder
 from data_pipeline.plan import SegmentPlan
@@ -28,10 +29,11 @@ Address = tuple[int, int]
 
 @dataclass
 class _Cursor:
-    """Positions from ``begin`` on of a lane are the rows of ``segment``; ``place`` is the first of them, ``position``
-    the one read last."""
+    """``count`` positions from ``begin`` on of a lane are the rows of ``segment``; ``place`` is the first of them,
+    ``position`` the one read last."""
 
     begin: int
+    count: int
     place: Place
     segment: OpenSegment
     position: int
@@ -84,6 +86,7 @@ class TextSource:
         self._opener = SegmentOpener(reader, plan, sequence_length, packing, reserve, self.bad_data)
         self._cursors: dict[int, _Cursor] = {}
         self._dtype = np.dtype(reader.dtype)
+        self._pool: ArrayPool | None = None
 
     def batch(self, indices: Sequence[int]) -> Arrays:
         """Rows of global samples ``indices``; see :class:`data_pipeline.source.SampleSource`.
@@ -102,13 +105,14 @@ class TextSource:
         if self._cache is not None:
             self._look_ahead(addresses)
         cursors = self._cursors
-        tokens = np.empty((len(addresses), self._sequence_length), dtype=self._dtype)
+        tokens = self._memory(len(addresses))
         described: list[np.ndarray] = []
         counts: list[int] = []
-        substituted = []
+        substituted: list[int] = []
+        length = self._sequence_length
         for out, (lane, position) in enumerate(addresses):
             cursor = cursors.get(lane)
-            if cursor is None or not 0 <= position - cursor.begin < len(cursor.segment.pieces):
+            if cursor is None or not 0 <= position - cursor.begin < cursor.count:
                 cursor = self._turn(lane, position)
             cursor.position = position
             segment, row = cursor.segment, position - cursor.begin
@@ -119,15 +123,13 @@ class TextSource:
             end = 0
             for begin, end, first, stop in segment.pieces[row]:
                 target[begin:end] = source[first:stop]
-            if end < self._sequence_length:
+            if end < length:
                 target[end:] = 0
             begin, end = segment.spans[row]
             described.append(segment.described[:, begin:end])
             counts.append(end - begin)
-        pieces = np.zeros((2, len(addresses), max(counts, default=0)), dtype=np.int32)
-        for out, (row_pieces, count) in enumerate(zip(described, counts, strict=True)):
-            pieces[:, out, :count] = row_pieces
-        lean = {"tokens": tokens, "pieces": pieces[0], "last": pieces[1]}
+        pieces = np.concatenate(described, axis=1) if described else np.zeros((2, 0), dtype=np.int32)
+        lean = {"tokens": tokens, "row_pieces": np.array(counts, dtype=np.int32), "pieces": pieces}
         if self.bad_data.substitutes:
             lean["substituted"] = np.isin(np.arange(len(addresses)), substituted)
         return lean
@@ -140,7 +142,7 @@ class TextSource:
     def provenance_at(self, lane: int, position: int) -> list[dict[str, Any]]:
         """As :meth:`provenance`, by lane and position."""
         cursor = self._cursors.get(lane)
-        if cursor is None or not 0 <= position - cursor.begin < len(cursor.segment):
+        if cursor is None or not 0 <= position - cursor.begin < cursor.count:
             cursor = self._turn(lane, position)
         place, row = cursor.place, position - cursor.begin
         is_substitute = row in cursor.segment.substitutes
@@ -185,8 +187,13 @@ class TextSource:
         buffer = Buffer() if before is None else before.buffer
         segment = self._opener.open(int(self._segments[place.segment]), place.epoch, key, buffer)
         first = Place(place.lane, place.epoch, place.segment, 0)
-        cursor = self._cursors[lane] = _Cursor(position - place.row, first, segment, position, buffer)
+        cursor = self._cursors[lane] = _Cursor(position - place.row, len(segment), first, segment, position, buffer)
         return cursor
+
+    def _memory(self, num_rows: int) -> np.ndarray:
+        if self._pool is None or self._pool.shape[0] != num_rows:
+            self._pool = ArrayPool((num_rows, self._sequence_length), self._dtype)
+        return self._pool.take()
 
     def _look_ahead(self, addresses: Sequence[Address]) -> None:
         """Announce what is to be read: segments that these rows open now, then each lane's next one, soonest first."""
@@ -194,7 +201,7 @@ class TextSource:
         opening: list[Place] = []
         for lane, position in addresses:
             cursor = self._cursors.get(lane)
-            if cursor is None or not 0 <= position - cursor.begin < len(cursor.segment):
+            if cursor is None or not 0 <= position - cursor.begin < cursor.count:
                 opening.append(self._order.locate_in_lane(lane, position))
         if not opening:
             return

@@ -14,7 +14,7 @@ from data_pipeline.order import LaneOrder, SequentialOrder
 from data_pipeline.packing import assign_rows
 from data_pipeline.quarantine import BadData
 from data_pipeline.store.manifest import Manifest, Sample, digest_of
-from data_pipeline.text_build import CacheSettings
+from data_pipeline.text_build import REMOTE_THREADS, CacheSettings
 
 ORDER = "media-lanes-1"
 
@@ -55,7 +55,14 @@ def media_source(
     if not manifest.is_local:
         from data_pipeline.fetch.cache import SegmentCache
 
-        cache = SegmentCache(manifest.storage, settings.path(), settings.max_bytes, verify=reader.verify)
+        cache = SegmentCache(
+            manifest.storage,
+            settings.path(),
+            settings.max_bytes,
+            verify=reader.verify,
+            identity=manifest.fingerprint,
+            threads=REMOTE_THREADS,
+        )
         reader, prefetch = SampleReader(manifest, split, cache.read, cache.close), cache.prefetch
     plan = make_sample_plan(reader, split, size, count_rows or _one_each, plan_key, settings.path())
     order: LaneOrder | SequentialOrder

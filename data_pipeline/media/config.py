@@ -96,8 +96,9 @@ class _MediaFields:
 
     def datasets(self) -> dict[str, Any]:
         """Fingerprint and shards of the dataset as it is stored, for comparison with what a run began with."""
-        manifest = self._load(None)
-        return {self.kinds[0]: {"fingerprint": manifest.fingerprint, "shards": manifest.shard_table()}}
+        from data_pipeline.store.manifest import identities
+
+        return identities({self.kinds[0]: self._load(None)})
 
     def baselines(self) -> dict[str, float]:
         """Simple models to compare with: none."""

@@ -57,7 +57,7 @@ class InterleavedRow:
 
 
 class InterleavedSource(MediaSource[PackedSegment, InterleavedRow]):
-    """A batch has, besides what packed text has (``tokens``, ``targets``, ``segment_ids``, ``position_ids``,
+    """A batch has, besides what packed text has (``tokens``, ``targets``, ``seq_idx``, ``position_ids``,
     ``cu_seqlens``, ``max_seqlen``; see :func:`data_pipeline.batch.unpack`):
 
     ``loss_mask`` bool [B, S], True where the target is a token of text; ``modality_ids`` and ``target_modality_ids``
@@ -173,7 +173,8 @@ class InterleavedSource(MediaSource[PackedSegment, InterleavedRow]):
             "targets": np.zeros(shape, dtype=np.int32),
             "modality_ids": np.full(shape, Modality.PADDING, dtype=np.int8),
             "target_modality_ids": np.full(shape, Modality.PADDING, dtype=np.int8),
-            "pieces": np.zeros((len(rows), max((len(row.pieces) for row in rows), default=0)), dtype=np.int32),
+            "row_pieces": np.array([len(row.pieces) for row in rows], dtype=np.int32),
+            "pieces": np.array([[length, 0] for row in rows for length in row.pieces], dtype=np.int32).reshape(-1, 2).T,
         }
         for number, row in enumerate(rows):
             used = len(row.tokens)
@@ -181,7 +182,6 @@ class InterleavedSource(MediaSource[PackedSegment, InterleavedRow]):
             lean["targets"][number, :used] = row.targets
             lean["modality_ids"][number, :used] = row.modalities
             lean["target_modality_ids"][number, :used] = row.target_modalities
-            lean["pieces"][number, : len(row.pieces)] = row.pieces
         size = self._transform.size
         images = [(number, span) for number, row in enumerate(rows) for span in row.images]
         speech = [(number, span) for number, row in enumerate(rows) for span in row.speech]

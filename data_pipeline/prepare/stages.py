@@ -26,7 +26,7 @@ from data_pipeline.prepare.sample import cut_text
 from data_pipeline.prepare.spill import ROWS, SpillBuffer, gather, read_bucket
 from data_pipeline.prepare.streams import network_errors
 from data_pipeline.prepare.workspace import WorkFolder
-from data_pipeline.prepare.writer import ShardWriter, block_ends
+from data_pipeline.prepare.writer import KEY_PREFIXES, ShardWriter, block_ends
 from data_pipeline.store.manifest import digest_of
 
 SURVEY, TOKENISE, WRITE = "survey", "tokenise", "write"
@@ -230,7 +230,7 @@ class Stages:
         split, number = self._plan.locate(bucket)
         name = f"{split}-{number:06d}"
         with self._work.create(f"dataset/{name}.tar") as stream:
-            writer = ShardWriter(stream, f"{name}.tar", number)
+            writer = ShardWriter(stream, f"{name}.tar", number, KEY_PREFIXES[split])
             start = 0
             for end in block_ends(rows["tokens"], self._plan.block_tokens):
                 block = np.concatenate(tokens[start:end])

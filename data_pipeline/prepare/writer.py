@@ -16,17 +16,20 @@ from data_pipeline.store.arrays import npy_bytes
 from data_pipeline.store.manifest import OFFSETS_EXTENSION, TOKENS_EXTENSION
 
 _BLOCKS_PER_SHARD = 10**6
+KEY_PREFIXES = {"train": "", "validation": "v"}
+"""What keys of a split begin with."""
 
 
 class ShardWriter:
     """Writes the blocks of one shard to ``stream``.
 
     Members of block K are ``K.off.npy`` (int64 document offsets) and ``K.tok.npy``. K is ``number`` of the
-    shard and of the block in it, six digits each, so that no two blocks of a dataset share a key.
+    shard and of the block in it, six digits each, after ``prefix``, which tells splits apart: no two blocks of
+    a dataset share a key, which some readers insist on.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, number: int) -> None:
-        self._stream, self._name, self._number = stream, name, number
+    def __init__(self, stream: BinaryIO, name: str, number: int, prefix: str = "") -> None:
+        self._stream, self._name, self._number, self._prefix = stream, name, number, prefix
         self._position = 0
         self._bytes = 0
         self._blocks: list[dict[str, Any]] = []
@@ -34,7 +37,7 @@ class ShardWriter:
     def add_block(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
         """Write one block of whole documents with ``num_bytes`` of UTF-8; raises OSError when the disk does."""
         assert len(self._blocks) < _BLOCKS_PER_SHARD
-        key = f"{self._number:06d}{len(self._blocks):06d}"
+        key = f"{self._prefix}{self._number:06d}{len(self._blocks):06d}"
         offsets = np.concatenate(([0], np.cumsum(lengths))).astype("<i8")
         members = {
             OFFSETS_EXTENSION: self._add_member(f"{key}.{OFFSETS_EXTENSION}", npy_bytes(offsets)),

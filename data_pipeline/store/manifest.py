@@ -63,6 +63,19 @@ def encode_manifest(content: dict[str, Any], origin: dict[str, Any], form: str =
     return json.dumps(tree, indent=1).encode()
 
 
+def identities(manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """What a run remembers of its datasets, to name the first shard that differs later: by name ``fingerprint``,
+    ``editions`` (fingerprints of earlier states that the dataset contains) and ``shards``."""
+    return {
+        name: {
+            "fingerprint": manifest.fingerprint,
+            "editions": [edition["fingerprint"] for edition in manifest.content.get("editions", [])],
+            "shards": manifest.shard_table(),
+        }
+        for name, manifest in manifests.items()
+    }
+
+
 @dataclass(frozen=True)
 class Block:
     """One block of whole documents: where its two members lie (payload byte offsets) and what they hold."""

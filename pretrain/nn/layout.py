@@ -19,7 +19,7 @@ class SequenceLayout:
     Args:
         length, batch_size: L and B of the tokens (hidden states between layers may hold a share of L).
         device: where the hidden states live.
-        segment_ids_LB: document of each token within its row; None when every row is one document. Padding
+        seq_idx_LB: document of each token within its row; None when every row is one document. Padding
             has its own id (-1), so it forms a segment of its own and reaches no real token.
         position_ids_LB: position of each token within its document; None counts from ``first_position``.
         first_position: position of the first token when ``position_ids_LB`` is None (length of a cached
@@ -31,11 +31,11 @@ class SequenceLayout:
         length: int,
         batch_size: int,
         device: torch.device,
-        segment_ids_LB: Tensor | None = None,
+        seq_idx_LB: Tensor | None = None,
         position_ids_LB: Tensor | None = None,
         first_position: int = 0,
     ) -> None:
-        for name, ids in (("segment_ids", segment_ids_LB), ("position_ids", position_ids_LB)):
+        for name, ids in (("seq_idx", seq_idx_LB), ("position_ids", position_ids_LB)):
             if ids is not None and tuple(ids.shape) != (length, batch_size):
                 raise ValueError(
                     f"{name}: found shape {tuple(ids.shape)}, expected {(length, batch_size)} (sequence, batch) "
@@ -44,7 +44,7 @@ class SequenceLayout:
         self.length = length
         self.batch_size = batch_size
         self.device = device
-        self.segment_ids_LB = None if segment_ids_LB is None else segment_ids_LB.contiguous()
+        self.seq_idx_LB = None if seq_idx_LB is None else seq_idx_LB.contiguous()
         self._position_ids_LB = position_ids_LB
         self._first_position = first_position
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
@@ -60,9 +60,9 @@ class SequenceLayout:
     @cached_property
     def attention_mask_B1LL(self) -> Tensor | None:  # noqa: N802
         """True where query (third dim) may see key (last): same document, not later. None: plain causal."""
-        if self.segment_ids_LB is None:
+        if self.seq_idx_LB is None:
             return None
-        ids_BL = self.segment_ids_LB.t()
+        ids_BL = self.seq_idx_LB.t()
         same_BLL = ids_BL.unsqueeze(2) == ids_BL.unsqueeze(1)
         causal_LL = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
         return (same_BLL & causal_LL).unsqueeze(1)

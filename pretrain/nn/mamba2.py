@@ -146,13 +146,13 @@ class Mamba2Mixer(nn.Module):
         self, xBC_LBC: Tensor, dt_LBH: Tensor, layout: SequenceLayout, cache: Mamba2Cache | None = None
     ) -> Tensor:
         """Whole sequences; with an empty cache, leave the final state in it."""
-        segments = layout.segment_ids_LB
+        segments = layout.seq_idx_LB
         if cache is not None:
             cache.conv_state_KBC = causal_conv_final_state(xBC_LBC, self.conv_kernel)
-        xBC_LBC = causal_conv(xBC_LBC, self.conv.weight, self.conv.bias, segment_ids_LB=segments)
+        xBC_LBC = causal_conv(xBC_LBC, self.conv.weight, self.conv.bias, seq_idx_LB=segments)
         x, B, C = self._heads(xBC_LBC)
         y_LBHP, state_BHPN = ssd_chunked(
-            x, dt_LBH, self._decay(), B, C, self.D, segment_ids_LB=segments, chunk_size=self.chunk_size
+            x, dt_LBH, self._decay(), B, C, self.D, seq_idx_LB=segments, chunk_size=self.chunk_size
         )
         if cache is not None:
             cache.ssm_state_BHPN = state_BHPN

@@ -36,9 +36,9 @@ class NextTokenObjective:
         """Loss of one micro-batch.
 
         Args:
-            model: called as ``model(tokens_LB, segment_ids_LB, position_ids_LB)``, returns logits_LBV; those of a
+            model: called as ``model(tokens_LB, seq_idx_LB, position_ids_LB)``, returns logits_LBV; those of a
                 part of the vocabulary if its attribute ``vocabulary`` names one.
-            batch: ``tokens``, ``targets``, ``loss_mask`` [B, L]; ``segment_ids`` and ``position_ids`` [B, L],
+            batch: ``tokens``, ``targets``, ``loss_mask`` [B, L]; ``seq_idx`` and ``position_ids`` [B, L],
                 as in :meth:`pretrain.models.hybrid.model.HybridLM.forward`.
 
         Returns:
@@ -47,10 +47,10 @@ class NextTokenObjective:
         """
         tokens_LB = batch["tokens"].t().long()
         targets_LB = batch["targets"].t().long()
-        segment_ids_LB = batch["segment_ids"].t()
+        seq_idx_LB = batch["seq_idx"].t()
         logits_LBV = model(
             tokens_LB,
-            None if _single_documents(segment_ids_LB) else segment_ids_LB,
+            None if _single_documents(seq_idx_LB) else seq_idx_LB,
             batch["position_ids"].t(),
         )
         mask_R = batch["loss_mask"].t().flatten()
@@ -64,9 +64,9 @@ class NextTokenObjective:
         return LossOutput(cross_entropy + z_loss, parts)
 
 
-def _single_documents(segment_ids_LB: Tensor) -> bool:
+def _single_documents(seq_idx_LB: Tensor) -> bool:
     """Whether every row is one document without padding, so that masks can be left out.
 
     Looked up on the CPU only, where reading the answer does not wait for a device.
     """
-    return segment_ids_LB.device.type == "cpu" and not bool(segment_ids_LB.any())
+    return seq_idx_LB.device.type == "cpu" and not bool(seq_idx_LB.any())

@@ -27,7 +27,7 @@ def causal_conv(
     weight_CK: Tensor,
     bias_C: Tensor,
     *,
-    segment_ids_LB: Tensor | None = None,
+    seq_idx_LB: Tensor | None = None,
     initial_state_KBC: Tensor | None = None,
 ) -> Tensor:
     """silu(depthwise causal convolution of x + bias), differentiable in every floating input.
@@ -38,7 +38,7 @@ def causal_conv(
         x_LBC: input.
         weight_CK: one filter per channel; the last tap multiplies the present position.
         bias_C: bias.
-        segment_ids_LB: document number per position (padding -1); a window ends at each change.
+        seq_idx_LB: document number per position (padding -1); a window ends at each change.
         initial_state_KBC: the K-1 inputs before position 0, [K-1, B, C], oldest first, belonging to the
             document of position 0; None = zeros.
 
@@ -56,8 +56,8 @@ def causal_conv(
             f"causal_conv: weight {tuple(weight_CK.shape)} and bias {tuple(bias_C.shape)} do not fit "
             f"{channels} channels; expected ({channels}, K) and ({channels},)"
         )
-    if segment_ids_LB is not None and segment_ids_LB.shape != (length, batch):
-        raise ValueError(f"causal_conv: segment_ids {tuple(segment_ids_LB.shape)}, expected ({length}, {batch})")
+    if seq_idx_LB is not None and seq_idx_LB.shape != (length, batch):
+        raise ValueError(f"causal_conv: seq_idx {tuple(seq_idx_LB.shape)}, expected ({length}, {batch})")
     history = (weight_CK.shape[1] - 1, batch, channels)
     if initial_state_KBC is None:
         initial_state_KBC = x_LBC.new_zeros(history)
@@ -66,7 +66,7 @@ def causal_conv(
             f"causal_conv: initial_state {tuple(initial_state_KBC.shape)}, expected the inputs before "
             f"position 0, {history}"
         )
-    documents_LB = None if segment_ids_LB is None else _documents(segment_ids_LB)
+    documents_LB = None if seq_idx_LB is None else _documents(seq_idx_LB)
     return _CausalConv.apply(x_LBC, weight_CK, bias_C, initial_state_KBC, documents_LB)
 
 
@@ -74,7 +74,7 @@ def causal_conv_final_state(
     x_LBC: Tensor,
     kernel_width: int,
     *,
-    segment_ids_LB: Tensor | None = None,
+    seq_idx_LB: Tensor | None = None,
     initial_state_KBC: Tensor | None = None,
 ) -> Tensor:
     """The K-1 inputs that a continuation after the last position needs [K-1, B, C], oldest first.
@@ -86,8 +86,8 @@ def causal_conv_final_state(
     if initial_state_KBC is None:
         initial_state_KBC = x_LBC.new_zeros(keep, *x_LBC.shape[1:])
     state = torch.cat([initial_state_KBC.to(x_LBC.dtype), x_LBC[max(0, x_LBC.shape[0] - keep) :]])[-keep:]
-    if segment_ids_LB is not None:
-        documents_LB = _documents(segment_ids_LB)
+    if seq_idx_LB is not None:
+        documents_LB = _documents(seq_idx_LB)
         documents = torch.cat([documents_LB[:1].expand(keep, -1), documents_LB])[-keep:]
         state = state.masked_fill((documents != documents_LB[-1])[..., None], 0.0)
     return state.contiguous()
@@ -101,10 +101,10 @@ def causal_conv_step(state_KBC: Tensor, x_BC: Tensor, weight_CK: Tensor, bias_C:
     return torch.nn.functional.silu(pre_BC).to(x_BC.dtype), window_KBC[1:]
 
 
-def _documents(segment_ids_LB: Tensor) -> Tensor:
+def _documents(seq_idx_LB: Tensor) -> Tensor:
     """Running document number, starting at 0: unlike the given numbers it never returns to an earlier value."""
-    documents_LB = torch.zeros_like(segment_ids_LB, dtype=torch.int64)
-    documents_LB[1:] = (segment_ids_LB[1:] != segment_ids_LB[:-1]).cumsum(0)
+    documents_LB = torch.zeros_like(seq_idx_LB, dtype=torch.int64)
+    documents_LB[1:] = (seq_idx_LB[1:] != seq_idx_LB[:-1]).cumsum(0)
     return documents_LB
 
 

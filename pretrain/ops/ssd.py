@@ -17,14 +17,14 @@ from torch import Tensor
 from pretrain.ops.ssd_kernel import ChunkedSSD
 
 
-def document_starts(segment_ids_LB: Tensor) -> Tensor:
+def document_starts(seq_idx_LB: Tensor) -> Tensor:
     """Mark the positions whose document differs from the position before: bool [L, B], row 0 always False.
 
     Args:
-        segment_ids_LB: document number per position, padding -1; only changes matter, not the numbers.
+        seq_idx_LB: document number per position, padding -1; only changes matter, not the numbers.
     """
-    starts_LB = torch.zeros_like(segment_ids_LB, dtype=torch.bool)
-    starts_LB[1:] = segment_ids_LB[1:] != segment_ids_LB[:-1]
+    starts_LB = torch.zeros_like(seq_idx_LB, dtype=torch.bool)
+    starts_LB[1:] = seq_idx_LB[1:] != seq_idx_LB[:-1]
     return starts_LB
 
 
@@ -36,7 +36,7 @@ def ssd_chunked(
     C_LBGN: Tensor,
     D_H: Tensor | None = None,
     *,
-    segment_ids_LB: Tensor | None = None,
+    seq_idx_LB: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def ssd_chunked(
         A_H: continuous decay per head, <= 0.
         B_LBGN, C_LBGN: input and output maps, shared by the H/G consecutive heads of a group.
         D_H: skip connection per head; None = no skip.
-        segment_ids_LB: integer document number per position (padding -1); the state is reset at each change.
+        seq_idx_LB: integer document number per position (padding -1); the state is reset at each change.
         initial_state_BHPN: state before position 0, belonging to the document of position 0; None = zeros.
         chunk_size: positions per chunk; any length is accepted, the last chunk may be shorter.
 
@@ -62,8 +62,8 @@ def ssd_chunked(
     Raises:
         ValueError: when the shapes do not fit together or chunk_size < 1.
     """
-    _check_shapes(x_LBHP, dt_LBH, A_H, B_LBGN, C_LBGN, D_H, segment_ids_LB, initial_state_BHPN, chunk_size)
-    starts_LB = None if segment_ids_LB is None else document_starts(segment_ids_LB)
+    _check_shapes(x_LBHP, dt_LBH, A_H, B_LBGN, C_LBGN, D_H, seq_idx_LB, initial_state_BHPN, chunk_size)
+    starts_LB = None if seq_idx_LB is None else document_starts(seq_idx_LB)
     y_LBHP, state_BHPN = ChunkedSSD.apply(
         x_LBHP, dt_LBH, A_H, B_LBGN, C_LBGN, D_H, initial_state_BHPN, starts_LB, chunk_size
     )
@@ -108,7 +108,7 @@ def ssd_recurrent_reference(
     C_LBGN: Tensor,
     D_H: Tensor | None = None,
     *,
-    segment_ids_LB: Tensor | None = None,
+    seq_idx_LB: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence token by token, by its definition: slow, differentiable by plain autograd, for tests."""
@@ -117,8 +117,8 @@ def ssd_recurrent_reference(
     state_BHPN = x_LBHP.new_zeros(B, H, P, N) if initial_state_BHPN is None else initial_state_BHPN
     outputs = []
     for t in range(L):
-        if segment_ids_LB is not None and t > 0:
-            same_B = segment_ids_LB[t] == segment_ids_LB[t - 1]
+        if seq_idx_LB is not None and t > 0:
+            same_B = seq_idx_LB[t] == seq_idx_LB[t - 1]
             state_BHPN = torch.where(same_B[:, None, None, None], state_BHPN, torch.zeros_like(state_BHPN))
         y_BHP, state_BHPN = ssd_step(state_BHPN, x_LBHP[t], dt_LBH[t], A_H, B_LBGN[t], C_LBGN[t], D_H)
         outputs.append(y_BHP)
@@ -132,7 +132,7 @@ def _check_shapes(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    segment_ids: Tensor | None,
+    seq_idx: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int,
 ) -> None:
@@ -148,7 +148,7 @@ def _check_shapes(
         "B": (B, (length, batch, groups, state_size)),
         "C": (C, (length, batch, groups, state_size)),
         "D": (D, (heads,)),
-        "segment_ids": (segment_ids, (length, batch)),
+        "seq_idx": (seq_idx, (length, batch)),
         "initial_state": (initial_state, (batch, heads, head_dim, state_size)),
     }
     for name, (tensor, shape) in expected.items():

@@ -31,7 +31,7 @@ class CountingSource:
             raise RuntimeError(f"row {self.fail_at} is broken")
         tokens = np.repeat(np.array(indices, dtype=np.int32)[:, None], 2, axis=1)
         zeros = np.zeros_like(tokens)
-        return {"tokens": tokens, "loss_mask": np.ones(tokens.shape, dtype=bool), "segment_ids": zeros}
+        return {"tokens": tokens, "loss_mask": np.ones(tokens.shape, dtype=bool), "seq_idx": zeros}
 
     def provenance(self, index: int) -> list[dict[str, object]]:
         return []
@@ -86,7 +86,7 @@ def test_finite_source_ends_alike_on_every_rank_and_covers_each_row_once(dataset
         for batch in batches:
             assert batch["tokens"].shape == (2, 24)
             padding = ~batch["loss_mask"].any(axis=1)
-            assert (batch["segment_ids"][padding] == -1).all()
+            assert (batch["seq_idx"][padding] == -1).all()
             seen += [row.tobytes() for row in batch["tokens"][~padding]]
             targets += int(batch["loss_mask"].sum())
     assert counts[0] == counts[1] == 2 * -(-source.num_samples // 8)

@@ -49,13 +49,13 @@ def check_row(source: TextSource, index: int, documents: Stored) -> Counter:
         document = documents[key]
         np.testing.assert_array_equal(row["tokens"][at : at + length], document[first : first + length])
         np.testing.assert_array_equal(row["targets"][at : at + length], document[first + 1 : first + 1 + length])
-        assert (row["segment_ids"][at : at + length] == number).all()
+        assert (row["seq_idx"][at : at + length] == number).all()
         assert row["position_ids"][at : at + length].tolist() == list(range(length))
         covered.update((key, token) for token in range(first + 1, first + 1 + length))
         assert borders[number] == at
         at += length
     assert row["loss_mask"].tolist() == [True] * at + [False] * (len(row["tokens"]) - at)
-    assert (row["segment_ids"][at:] == -1).all()
+    assert (row["seq_idx"][at:] == -1).all()
     return covered
 
 
@@ -184,7 +184,7 @@ def test_config_builds_both_sources(dataset: Path) -> None:
         "tokens": ("int32", (3, 24)),
         "targets": ("int32", (3, 24)),
         "loss_mask": ("bool", (3, 24)),
-        "segment_ids": ("int32", (3, 24)),
+        "seq_idx": ("int32", (3, 24)),
         "position_ids": ("int32", (3, 24)),
         "cu_seqlens": ("int32", (len(batch["cu_seqlens"]),)),
         "max_seqlen": ("int32", ()),

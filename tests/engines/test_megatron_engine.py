@@ -225,7 +225,7 @@ class WholeVocabulary:
         return float(batch["loss_mask"].sum())
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> LossOutput:
-        arguments = (batch[name].t() for name in ("tokens", "segment_ids", "position_ids"))
+        arguments = (batch[name].t() for name in ("tokens", "seq_idx", "position_ids"))
         logits = model(*arguments)
         loss = cross_entropy(logits.flatten(0, 1), batch["targets"].t().flatten().long(), reduction="none")
         return LossOutput((loss * batch["loss_mask"].t().flatten()).sum())

@@ -303,7 +303,7 @@ def test_every_layer_kind_learns_to_tell_a_fixed_sequence(pattern):
         "tokens": sequence[:-1].repeat(2, 1),
         "targets": sequence[1:].repeat(2, 1),
         "loss_mask": torch.ones(2, 60, dtype=torch.bool),
-        "segment_ids": torch.zeros(2, 60, dtype=torch.int32),
+        "seq_idx": torch.zeros(2, 60, dtype=torch.int32),
         "position_ids": torch.arange(60).repeat(2, 1),
     }
     objective = NextTokenConfig().build()

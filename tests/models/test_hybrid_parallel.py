@@ -38,9 +38,9 @@ def make_batch():
     lengths = [[9, 1, 10, 4], [LENGTH]]
     ids = [[0, 1, 2, -1], [0]]
     rows = [[i for i, n in zip(ids[r], lengths[r], strict=True) for _ in range(n)] for r in range(2)]
-    batch["segment_ids"] = torch.tensor(rows)
+    batch["seq_idx"] = torch.tensor(rows)
     batch["position_ids"] = torch.tensor([[p for n in lengths[r] for p in range(n)] for r in range(2)])
-    batch["loss_mask"] = batch["segment_ids"] >= 0
+    batch["loss_mask"] = batch["seq_idx"] >= 0
     return batch
 
 
@@ -183,7 +183,7 @@ def staged(config, layers, dtype=torch.float64):
 
 def run_stages(stages, batch):
     """Forward and backward stage by stage, handing over detached hidden states and their gradients."""
-    tokens = batch["tokens"].t(), batch["segment_ids"].t(), batch["position_ids"].t()
+    tokens = batch["tokens"].t(), batch["seq_idx"].t(), batch["position_ids"].t()
     inputs, outputs, hidden = [], [], None
     for stage in stages:
         inputs.append(hidden)
@@ -204,7 +204,7 @@ def test_stages_in_a_row_are_the_whole_model_bit_for_bit(tied):
     whole.double()
     stages = staged(config, TorchLayers())
     batch = make_batch()
-    logits = whole(batch["tokens"].t(), batch["segment_ids"].t(), batch["position_ids"].t())
+    logits = whole(batch["tokens"].t(), batch["seq_idx"].t(), batch["position_ids"].t())
     logits.backward(torch.ones_like(logits))
     outputs = run_stages(stages, batch)
     assert torch.equal(outputs[-1], logits)
@@ -241,7 +241,7 @@ def stages_with_sequence_parallel(rank, size, config):
     model = config.build(megatron_layers(size, sequence_parallel=True))
     model.reset_parameters(0)
     model.double()
-    logits = model(batch["tokens"].t(), batch["segment_ids"].t(), batch["position_ids"].t())
+    logits = model(batch["tokens"].t(), batch["seq_idx"].t(), batch["position_ids"].t())
     outputs = run_stages(staged(config, megatron_layers(size, sequence_parallel=True)), batch)
     assert torch.equal(outputs[-1], logits)
     return [tuple(output.shape) for output in outputs]

@@ -20,7 +20,7 @@ def make_attention(num_heads=4, num_kv_heads=2, head_dim=6, width=10, rope_theta
     return layer
 
 
-def formula(layer, x_LBD, segment_ids_LB=None, position_ids_LB=None):
+def formula(layer, x_LBD, seq_idx_LB=None, position_ids_LB=None):
     """softmax(q k / sqrt(P)) v, one query at a time, with plain loops."""
     length, batch_size, _ = x_LBD.shape
     heads, kv_heads, head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
@@ -38,9 +38,7 @@ def formula(layer, x_LBD, segment_ids_LB=None, position_ids_LB=None):
     for b in range(batch_size):
         for i in range(length):
             positions = range(length) if position_ids_LB is None else position_ids_LB[:, b].tolist()
-            allowed = [
-                j for j in range(i + 1) if segment_ids_LB is None or segment_ids_LB[j, b] == segment_ids_LB[i, b]
-            ]
+            allowed = [j for j in range(i + 1) if seq_idx_LB is None or seq_idx_LB[j, b] == seq_idx_LB[i, b]]
             for h in range(heads):
                 kv = h // (heads // kv_heads)
                 query = turned(wq[h * head_dim : (h + 1) * head_dim] @ x_LBD[i, b], positions[i])
@@ -101,5 +99,5 @@ def test_cache_continues_where_the_prompt_ended(rope_theta):
 
 
 def test_layout_refuses_batch_first_ids():
-    with pytest.raises(ValueError, match=r"segment_ids: found shape \(2, 9\), expected \(9, 2\)"):
+    with pytest.raises(ValueError, match=r"seq_idx: found shape \(2, 9\), expected \(9, 2\)"):
         SequenceLayout(9, 2, CPU, torch.zeros(2, 9, dtype=torch.long))

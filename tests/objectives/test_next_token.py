@@ -14,12 +14,12 @@ def make_batch(packed: bool):
         "tokens": torch.randint(0, 11, shape, generator=generator, dtype=torch.int32),
         "targets": torch.randint(0, 11, shape, generator=generator, dtype=torch.int32),
         "loss_mask": torch.ones(shape, dtype=torch.bool),
-        "segment_ids": torch.zeros(shape, dtype=torch.int32),
+        "seq_idx": torch.zeros(shape, dtype=torch.int32),
         "position_ids": torch.arange(8, dtype=torch.int32).repeat(3, 1),
     }
     if packed:
-        batch["segment_ids"][1, 5:] = 1
-        batch["segment_ids"][2, 6:] = -1
+        batch["seq_idx"][1, 5:] = 1
+        batch["seq_idx"][2, 6:] = -1
         batch["loss_mask"][1, 4] = False
         batch["loss_mask"][2, 5:] = False
     return batch
@@ -33,8 +33,8 @@ class Table(torch.nn.Module):
         torch.manual_seed(0)
         self.logits = torch.nn.Parameter(3 * torch.randn(11, 11))
 
-    def forward(self, tokens_LB, segment_ids_LB, position_ids_LB):
-        self.called_with = (tokens_LB, segment_ids_LB, position_ids_LB)
+    def forward(self, tokens_LB, seq_idx_LB, position_ids_LB):
+        self.called_with = (tokens_LB, seq_idx_LB, position_ids_LB)
         return self.logits[tokens_LB]
 
 
@@ -85,7 +85,7 @@ def test_model_gets_sequence_first_ids_and_none_only_for_single_documents(packed
     assert tokens.dtype == torch.int64
     assert torch.equal(positions, batch["position_ids"].t())
     if packed:
-        assert torch.equal(segments, batch["segment_ids"].t())
+        assert torch.equal(segments, batch["seq_idx"].t())
     else:
         assert segments is None
 

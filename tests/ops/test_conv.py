@@ -19,12 +19,12 @@ def make_inputs(L: int, B: int, C: int, K: int, dtype: torch.dtype = torch.float
     return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, segment_ids: Tensor, initial: Tensor) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor, initial: Tensor) -> Tensor:
     """torch's conv1d over each document of each row; the first document starts from the initial state."""
     L, B, C = x.shape
     columns = []
     for b in range(B):
-        changes = (segment_ids[1:, b] != segment_ids[:-1, b]).nonzero().flatten() + 1
+        changes = (seq_idx[1:, b] != seq_idx[:-1, b]).nonzero().flatten() + 1
         bounds = [0, *changes.tolist(), L]
         pieces = []
         for start, stop in itertools.pairwise(bounds):
@@ -46,9 +46,9 @@ def test_values_and_gradients_equal_conv1d(L, K, packed, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 7 * 3 * 5)  # several blocks of 7 rows, the last one shorter
     inputs = make_inputs(L, 3, 5, K)
     x, weight, bias, initial = inputs
-    segment_ids = documents(L, 3) if packed else torch.zeros(L, 3, dtype=torch.int64)
-    y = causal_conv(x, weight, bias, segment_ids_LB=segment_ids if packed else None, initial_state_KBC=initial)
-    want = reference(x, weight, bias, segment_ids, initial)
+    seq_idx = documents(L, 3) if packed else torch.zeros(L, 3, dtype=torch.int64)
+    y = causal_conv(x, weight, bias, seq_idx_LB=seq_idx if packed else None, initial_state_KBC=initial)
+    want = reference(x, weight, bias, seq_idx, initial)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
     dy = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
     got, expected = (torch.autograd.grad(out, inputs, dy, allow_unused=True) for out in (y, want))
@@ -58,21 +58,21 @@ def test_values_and_gradients_equal_conv1d(L, K, packed, monkeypatch):
 
 def test_gradcheck_with_documents_of_one_token():
     inputs = make_inputs(9, 2, 2, 4)
-    segment_ids = torch.tensor([0, 1, 2, 2, 2, 2, 2, 3, -1])[:, None].expand(9, 2)
+    seq_idx = torch.tensor([0, 1, 2, 2, 2, 2, 2, 3, -1])[:, None].expand(9, 2)
 
     def run(x, weight, bias, initial):
-        return causal_conv(x, weight, bias, segment_ids_LB=segment_ids, initial_state_KBC=initial)
+        return causal_conv(x, weight, bias, seq_idx_LB=seq_idx, initial_state_KBC=initial)
 
     assert torch.autograd.gradcheck(run, inputs)
 
 
 def test_nothing_leaks_between_documents():
     x, weight, bias, _ = make_inputs(20, 1, 3, 4, torch.float32)
-    segment_ids = torch.zeros(20, 1, dtype=torch.int64)
-    segment_ids[8:] = 1
+    seq_idx = torch.zeros(20, 1, dtype=torch.int64)
+    seq_idx[8:] = 1
     disturbed = x.detach().clone()
     disturbed[:8] = float("inf")
-    y, other = (causal_conv(t, weight, bias, segment_ids_LB=segment_ids) for t in (x, disturbed))
+    y, other = (causal_conv(t, weight, bias, seq_idx_LB=seq_idx) for t in (x, disturbed))
     assert torch.equal(y[8:], other[8:])
     assert torch.autograd.grad(y[8:].sum(), x)[0][:8].count_nonzero() == 0
 
@@ -106,8 +106,8 @@ def test_steps_and_pieces_continue_a_prefix(split):
 
 def test_final_state_holds_only_the_last_document():
     x = make_inputs(6, 2, 3, 4)[0].detach()
-    segment_ids = torch.tensor([[0, 0], [0, 0], [0, 0], [0, 1], [0, 1], [2, 1]])
-    state = causal_conv_final_state(x, 4, segment_ids_LB=segment_ids)
+    seq_idx = torch.tensor([[0, 0], [0, 0], [0, 0], [0, 1], [0, 1], [2, 1]])
+    state = causal_conv_final_state(x, 4, seq_idx_LB=seq_idx)
     assert torch.equal(state[:, 1], x[3:, 1])
     assert torch.equal(state[2, 0], x[5, 0])
     assert state[:2, 0].count_nonzero() == 0
@@ -117,7 +117,7 @@ def test_shapes_that_do_not_fit_are_named():
     x = torch.zeros(5, 2, 3)
     with pytest.raises(ValueError, match="do not fit 3 channels"):
         causal_conv(x, torch.zeros(4, 4), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"segment_ids \(2, 5\), expected \(5, 2\)"):
-        causal_conv(x, torch.zeros(3, 4), torch.zeros(3), segment_ids_LB=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"seq_idx \(2, 5\), expected \(5, 2\)"):
+        causal_conv(x, torch.zeros(3, 4), torch.zeros(3), seq_idx_LB=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="initial_state"):
         causal_conv(x, torch.zeros(3, 4), torch.zeros(3), initial_state_KBC=torch.zeros(4, 2, 3))

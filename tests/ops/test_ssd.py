@@ -32,14 +32,14 @@ def make_inputs(
 def documents(L: int, B: int, seed: int = 0) -> Tensor:
     """Random documents in order, padding at the end of the last row."""
     g = torch.Generator().manual_seed(seed)
-    segment_ids = torch.randint(0, 4, (L, B), generator=g).sort(0)[0]
-    segment_ids[L - L // 5 :, -1] = -1
-    return segment_ids
+    seq_idx = torch.randint(0, 4, (L, B), generator=g).sort(0)[0]
+    seq_idx[L - L // 5 :, -1] = -1
+    return seq_idx
 
 
-def outputs_and_gradients(function, inputs: list[Tensor], segment_ids: Tensor | None, **kwargs) -> list[Tensor]:
+def outputs_and_gradients(function, inputs: list[Tensor], seq_idx: Tensor | None, **kwargs) -> list[Tensor]:
     x, dt, A, B, C, D, state = inputs
-    y, final = function(x, dt, A, B, C, D, segment_ids_LB=segment_ids, initial_state_BHPN=state, **kwargs)
+    y, final = function(x, dt, A, B, C, D, seq_idx_LB=seq_idx, initial_state_BHPN=state, **kwargs)
     weights = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view_as(y)
     loss = (y.double() * weights).sum() + (final.double() ** 2).sum()
     return [y.detach(), final.detach(), *torch.autograd.grad(loss, inputs)]
@@ -54,9 +54,9 @@ def test_values_and_gradients_equal_the_recurrence(L, G, chunk_size, packed, chu
     # CPU takes one chunk at once and accelerators all of them; both must be right.
     monkeypatch.setattr(ssd_kernel, "_chunks_at_once", lambda device: chunks_at_once)
     inputs = make_inputs(L, 3, 4, 5, G, 6)
-    segment_ids = documents(L, 3) if packed else None
-    got = outputs_and_gradients(ssd_chunked, inputs, segment_ids, chunk_size=chunk_size)
-    want = outputs_and_gradients(ssd_recurrent_reference, inputs, segment_ids)
+    seq_idx = documents(L, 3) if packed else None
+    got = outputs_and_gradients(ssd_chunked, inputs, seq_idx, chunk_size=chunk_size)
+    want = outputs_and_gradients(ssd_recurrent_reference, inputs, seq_idx)
     for name, a, b in zip(["y", "final", *NAMES], got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -71,10 +71,10 @@ def test_values_and_gradients_equal_the_recurrence(L, G, chunk_size, packed, chu
 )
 def test_any_length_and_chunk_size(L, chunk_size, groups, seed, packed):
     inputs = make_inputs(L, 2, 4, 3, groups, 2, seed=seed)
-    segment_ids = documents(L, 2, seed) if packed else None
+    seq_idx = documents(L, 2, seed) if packed else None
     with torch.no_grad():
         x, dt, A, B, C, D, state = inputs
-        kwargs = {"segment_ids_LB": segment_ids, "initial_state_BHPN": state}
+        kwargs = {"seq_idx_LB": seq_idx, "initial_state_BHPN": state}
         y, final = ssd_chunked(x, dt, A, B, C, D, chunk_size=chunk_size, **kwargs)
         want_y, want_final = ssd_recurrent_reference(x, dt, A, B, C, D, **kwargs)
     torch.testing.assert_close(y, want_y, rtol=1e-10, atol=1e-10)
@@ -84,10 +84,10 @@ def test_any_length_and_chunk_size(L, chunk_size, groups, seed, packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradcheck(packed):
     inputs = make_inputs(7, 2, 2, 2, 1, 2)
-    segment_ids = documents(7, 2) if packed else None
+    seq_idx = documents(7, 2) if packed else None
 
     def run(x, dt, A, B, C, D, state):
-        return ssd_chunked(x, dt, A, B, C, D, segment_ids_LB=segment_ids, initial_state_BHPN=state, chunk_size=3)
+        return ssd_chunked(x, dt, A, B, C, D, seq_idx_LB=seq_idx, initial_state_BHPN=state, chunk_size=3)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -116,14 +116,14 @@ def test_float32_and_bfloat16_are_as_near_as_their_rounding():
 
 def test_halves_joined_by_the_state_equal_the_whole():
     x, dt, A, B, C, D, state = (t.detach() for t in make_inputs(50, 2, 4, 3, 2, 5))
-    segment_ids = torch.zeros(50, 2, dtype=torch.int64)
-    segment_ids[10:], segment_ids[37:, 1] = 1, 2
-    whole, end = ssd_chunked(x, dt, A, B, C, D, segment_ids_LB=segment_ids, initial_state_BHPN=state, chunk_size=8)
+    seq_idx = torch.zeros(50, 2, dtype=torch.int64)
+    seq_idx[10:], seq_idx[37:, 1] = 1, 2
+    whole, end = ssd_chunked(x, dt, A, B, C, D, seq_idx_LB=seq_idx, initial_state_BHPN=state, chunk_size=8)
     parts = []
     for part in (slice(0, 21), slice(21, 50)):
         y, state = ssd_chunked(
             x[part], dt[part], A, B[part], C[part], D,
-            segment_ids_LB=segment_ids[part], initial_state_BHPN=state, chunk_size=8,
+            seq_idx_LB=seq_idx[part], initial_state_BHPN=state, chunk_size=8,
         )  # fmt: skip
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
@@ -144,8 +144,8 @@ def test_nothing_leaks_between_documents():
     """Other neighbours in the packed row change no bit of a document's outputs and gradients."""
     L, cut = 40, slice(13, 29)
     inputs = make_inputs(L, 1, 2, 3, 1, 4, dtype=torch.float32)
-    segment_ids = torch.zeros(L, 1, dtype=torch.int64)
-    segment_ids[13:], segment_ids[29:] = 1, 2
+    seq_idx = torch.zeros(L, 1, dtype=torch.int64)
+    seq_idx[13:], seq_idx[29:] = 1, 2
     results = []
     for disturbance in (0.0, 1e4):
         x, dt, A, B, C, D, _ = (t.detach().clone() for t in inputs)
@@ -154,7 +154,7 @@ def test_nothing_leaks_between_documents():
             tensor[29:] += disturbance
         x.requires_grad_()
         dt.requires_grad_()
-        y, _ = ssd_chunked(x, dt, A, B, C, D, segment_ids_LB=segment_ids, chunk_size=8)
+        y, _ = ssd_chunked(x, dt, A, B, C, D, seq_idx_LB=seq_idx, chunk_size=8)
         dx, ddt = torch.autograd.grad(y[cut].square().sum(), [x, dt])
         results.append((y[cut].detach(), dx, ddt))
         assert dx[:13].count_nonzero() == 0
@@ -167,8 +167,8 @@ def test_a_returning_document_number_is_a_new_document():
     x, dt, A, B, C, D, _ = make_inputs(12, 1, 2, 3, 1, 4)
     there_and_back = torch.tensor([0] * 4 + [1] * 4 + [0] * 4)[:, None]
     distinct = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)[:, None]
-    first, _ = ssd_chunked(x, dt, A, B, C, D, segment_ids_LB=there_and_back, chunk_size=16)
-    second, _ = ssd_chunked(x, dt, A, B, C, D, segment_ids_LB=distinct, chunk_size=16)
+    first, _ = ssd_chunked(x, dt, A, B, C, D, seq_idx_LB=there_and_back, chunk_size=16)
+    second, _ = ssd_chunked(x, dt, A, B, C, D, seq_idx_LB=distinct, chunk_size=16)
     assert torch.equal(first, second)
 
 

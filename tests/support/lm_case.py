@@ -107,7 +107,7 @@ def samples(step: int) -> dict[str, torch.Tensor]:
         "tokens": tokens,
         "targets": targets,
         "loss_mask": mask,
-        "segment_ids": segments,
+        "seq_idx": segments,
         "position_ids": positions,
     }
 

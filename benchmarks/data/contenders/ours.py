@@ -8,6 +8,7 @@ from pathlib import Path
 import common
 import torch
 
+import data_pipeline.text_build  # noqa: F401  (build() imports it; imports are timed apart)
 from data_pipeline.config import TextDataConfig
 from data_pipeline.loader import StepLoader
 

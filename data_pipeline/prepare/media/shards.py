@@ -10,17 +10,19 @@ from data_pipeline.store.sidecar import digest_of_bytes, encode_samples_sidecar
 
 
 class SampleShardWriter:
-    """Writes the samples of one shard to ``stream``; the key of each is its number in the split, twelve digits."""
+    """Writes the samples of one shard to ``stream``; the key of each is its number in the split, twelve digits, after
+    the split's prefix."""
 
-    def __init__(self, stream: BinaryIO, name: str, first_number: int) -> None:
+    def __init__(self, stream: BinaryIO, name: str, first_number: int, prefix: str = "") -> None:
         self._stream, self._name, self._number = stream, name, first_number
+        self._prefix = prefix
         self._position = 0
         self._samples: list[dict[str, Any]] = []
         self._payload = self._largest = 0
 
     def add(self, members: Sequence[tuple[str, bytes, str]], attributes: dict[str, Any]) -> None:
         """Write one sample; ``members`` are (extension, payload, xxh3 in hex)."""
-        key = f"{self._number:012d}"
+        key = f"{self._prefix}{self._number:012d}"
         listed = {}
         for extension, payload, xxh3 in members:
             padding = tar.padding_after(len(payload))

@@ -24,6 +24,7 @@ from data_pipeline.prepare.media.spill import INDEX, SpillWriter, cut_shards, me
 from data_pipeline.prepare.metering import Counts, Drops, Meter
 from data_pipeline.prepare.records import Dropped
 from data_pipeline.prepare.workspace import WorkFolder
+from data_pipeline.prepare.writer import KEY_PREFIXES
 
 CONVERT, WRITE = "convert", "write"
 PLAN_NAME, ORDER_NAME = "plan.json", "order.npy"
@@ -154,7 +155,8 @@ class MediaStages:
         name = shard["name"]
         with ExitStack() as stack, self._work.create(f"dataset/{name}.tar") as stream:
             opened: dict[int, tuple[BinaryIO, Path]] = {}
-            writer = SampleShardWriter(stream, f"{name}.tar", shard["key"])
+            prefix = KEY_PREFIXES[name.rpartition("-")[0]]
+            writer = SampleShardWriter(stream, f"{name}.tar", shard["key"], prefix)
             for piece, row in self._order[shard["first"] : shard["stop"]]:
                 if int(piece) not in opened:
                     if len(opened) >= _MOST_OPEN:

@@ -97,7 +97,7 @@ class HybridLM(nn.Module):
     def forward(
         self,
         tokens_LB: Tensor,
-        segment_ids_LB: Tensor | None = None,
+        seq_idx_LB: Tensor | None = None,
         position_ids_LB: Tensor | None = None,
         hidden_LBD: Tensor | None = None,
     ) -> Tensor:
@@ -105,7 +105,7 @@ class HybridLM(nn.Module):
 
         Args:
             tokens_LB: int [L, B], on every stage and tensor-parallel rank.
-            segment_ids_LB: document of each token within its row (padding: -1, at the end); no information
+            seq_idx_LB: document of each token within its row (padding: -1, at the end); no information
                 crosses documents. None when every row is one document.
             position_ids_LB: position of each token within its document; None counts from 0. Only read with
                 ``rope_theta``.
@@ -119,7 +119,7 @@ class HybridLM(nn.Module):
             ValueError: if the id tensors are not shaped like the tokens.
         """
         length, batch_size = tokens_LB.shape
-        layout = SequenceLayout(length, batch_size, tokens_LB.device, segment_ids_LB, position_ids_LB)
+        layout = SequenceLayout(length, batch_size, tokens_LB.device, seq_idx_LB, position_ids_LB)
         if self.stage.has_embedding:
             assert hidden_LBD is None, "hidden states given to the stage that embeds the tokens"
             x_LBD = self.embedding(tokens_LB)

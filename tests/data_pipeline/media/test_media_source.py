@@ -236,7 +236,7 @@ def test_rows_hold_the_documents(document_set: Path, document_source: Path, mark
             assert row["tokens"][at:end].tolist() == [element[0] for element in inputs]
             assert row["targets"][at:end].tolist() == [element[0] for element in targets]
             assert row["modality_ids"][at:end].tolist() == [element[1] for element in inputs]
-            assert (row["segment_ids"][at:end] == number).all()
+            assert (row["seq_idx"][at:end] == number).all()
             assert row["position_ids"][at:end].tolist() == list(range(length))
             assert row["loss_mask"][at:end].tolist() == [element[1] == Modality.TEXT for element in targets]
             known = [element[1] for element in targets]
@@ -555,7 +555,7 @@ def test_padding_is_blank_and_masked(kind: str, folder: Path, present: int) -> N
     assert_equal(rows_of(padded, 4)[:present], [{**row, "sample_mask": True} for row in rows_of(whole, 4)[:present]])
     for row in rows_of(padded, 4)[present:]:
         for name, value in row.items():
-            blank = -1 if name in ("segment_ids", "modality_ids", "target_modality_ids") else 0
+            blank = -1 if name in ("seq_idx", "modality_ids", "target_modality_ids") else 0
             assert all(not len(part) for part in value) if isinstance(value, list) else (value == blank).all(), name
     assert {name: array.dtype for name, array in padded.items()} == {n: array.dtype for n, array in whole.items()}
 
