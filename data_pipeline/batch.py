@@ -74,14 +74,38 @@ def pad_rows(lean: Arrays, num_rows: int) -> Arrays:
 
 def concatenate_lean(batches: list[Arrays], places: list[list[int]]) -> Arrays:
     """One lean batch of several, row i of batch b at ``places[b][i]``."""
-    order = np.argsort(np.concatenate([np.array(rows, dtype=np.int64) for rows in places]), kind="stable")
+    place = np.concatenate([np.array(rows, dtype=np.int64) for rows in places])
+    order = np.argsort(place, kind="stable")
     result = {
         name: np.concatenate([batch[name] for batch in batches], axis=1 if name == "pieces" else 0)
         for name in batches[0]
     }
-    counts = result["row_pieces"]
+    rows = {name: array[order] for name, array in result.items() if name not in ("row_pieces", "pieces")}
+    return rows | reorder_pieces(result, place)
+
+
+def reorder_pieces(lean: Arrays, place: np.ndarray) -> Arrays:
+    """``row_pieces`` and ``pieces`` of ``lean`` with row i moved to ``place[i]``."""
+    order = np.empty_like(place)
+    order[place] = np.arange(len(place))
+    counts = lean["row_pieces"]
     starts = (np.cumsum(counts) - counts)[order]
     counts = counts[order]
     # The pieces of each row in its new place: count up from where the row's pieces were.
     by_piece = np.arange(int(counts.sum())) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-    return {name: array[:, by_piece] if name == "pieces" else array[order] for name, array in result.items()}
+    return {"row_pieces": counts, "pieces": lean["pieces"][:, by_piece]}
+
+
+def split_lean(lean: Arrays, sizes: list[int]) -> list[Arrays]:
+    """Batches of ``sizes`` rows, one after the other, as views of ``lean``."""
+    rows = [0, *np.cumsum(sizes).tolist()]
+    pieces = np.concatenate(([0], np.cumsum(lean["row_pieces"])))[rows].tolist()
+    return [
+        {
+            name: array[:, pieces[number] : pieces[number + 1]]
+            if name == "pieces"
+            else array[rows[number] : rows[number + 1]]
+            for name, array in lean.items()
+        }
+        for number in range(len(sizes))
+    ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.batch import pad_rows, unpack
+from data_pipeline.batch import pad_rows, split_lean, unpack
 from data_pipeline.source import SampleSource
 from data_pipeline.store.manifest import digest_of
 
@@ -25,6 +25,7 @@ _PREFETCHED_GROUPS = 2
 # Handing over costs two switches between threads. Steps that are made faster than this are handed over in groups.
 _GROUP_SECONDS = 0.016
 _LARGEST_GROUP = 64
+_LARGEST_GROUP_ROWS = 4096
 MicroBatches = list[dict[str, np.ndarray]]
 
 
@@ -121,6 +122,11 @@ class StepLoader:
         self.step = start_step
         self._source = source
         self._lean = lean
+        # Steps past the end of a finite source are padded one by one.
+        own_rows = max(1, global_batch // dp_size)
+        self._largest_group = (
+            1 if source.num_samples is not None else max(1, min(_LARGEST_GROUP, _LARGEST_GROUP_ROWS // own_rows))
+        )
         self._layout = (global_batch, micro_batch, dp_rank, dp_size)
         self._queue: queue.Queue[list[MicroBatches | _Failure | _End]] = queue.Queue(_PREFETCHED_GROUPS)
         self._group: Iterator[MicroBatches | _Failure | _End] = iter(())
@@ -177,27 +183,46 @@ class StepLoader:
 
     def _produce(self, step: int) -> None:
         """Put groups of steps: the first alone, so that nothing waits for a group to fill, then as fast steps allow."""
-        group: list[MicroBatches | _Failure | _End] = []
         try:
             num_samples = self._source.num_samples
             size = 1
             while not self._stopping.is_set():
+                if num_samples is not None and step * self._layout[0] >= num_samples:
+                    self._queue.put([_End()])
+                    return
                 started = time.perf_counter()
-                while len(group) < size and not self._stopping.is_set():
-                    if num_samples is not None and step * self._layout[0] >= num_samples:
-                        self._queue.put([*group, _End()])
-                        return
-                    group.append([self._rows(r, num_samples) for r in micro_batch_indices(step, *self._layout)])
-                    step += 1
-                is_fast = time.perf_counter() - started < _GROUP_SECONDS / 2
-                size = min(2 * size, _LARGEST_GROUP) if is_fast else max(1, size // 2)
+                try:
+                    group = self._group_of(step, size)
+                except Exception:
+                    if size == 1:
+                        raise
+                    size = 1  # once more, step by step: what comes before the fault is handed over
+                    continue
+                seconds = time.perf_counter() - started
                 self._queue.put(group)
-                group = []
+                step += size
+                if seconds < _GROUP_SECONDS / 2:
+                    size = min(2 * size, self._largest_group)
+                elif seconds > 2 * _GROUP_SECONDS:
+                    size = max(1, size // 2)
         except BaseException as error:  # handed over whole: the consumer decides
-            self._queue.put([*group, _Failure(error)])
+            self._queue.put([_Failure(error)])
 
-    def _rows(self, indices: range, num_samples: int | None) -> dict[str, np.ndarray]:
-        return step_rows(self._source, indices, num_samples, self._lean)
+    def _group_of(self, first: int, size: int) -> list[MicroBatches | _Failure | _End]:
+        """Steps ``first`` up to ``first + size``; where the source is lean, all their rows are read at once."""
+        ranges = [micro_batch_indices(step, *self._layout) for step in range(first, first + size)]
+        read_lean = getattr(self._source, "lean", None)
+        if size == 1 or read_lean is None:
+            num_samples = self._source.num_samples
+            return [[step_rows(self._source, rows, num_samples, self._lean) for rows in step] for step in ranges]
+        micro_batches = [rows for step in ranges for rows in step]
+        ids = [np.arange(rows.start, rows.stop, dtype=np.int64) for rows in micro_batches]
+        parts = split_lean(read_lean(np.concatenate(ids)), [len(rows) for rows in micro_batches])
+        batches = [
+            (part if self._lean else unpack(part)) | {"sample_ids": own} for part, own in zip(parts, ids, strict=True)
+        ]
+        count = len(ranges[0])
+        return [batches[at : at + count] for at in range(0, len(batches), count)]
 
 
 def step_rows(source: SampleSource, indices: range, num_samples: int | None, lean: bool) -> dict[str, np.ndarray]:

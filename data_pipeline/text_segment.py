@@ -1,6 +1,6 @@
 """Opening a segment of text: read its blocks, shuffle the documents, pack them into rows, stand in for what is lost.
 
-T = tokens of the segment.
+R = rows of the segment, S = positions in a row, T = tokens of the segment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import DamagedDataError
 from data_pipeline.keyed import keyed_permutation
-from data_pipeline.packing import Rows, pack
+from data_pipeline.packing import pack
 from data_pipeline.plan import SegmentPlan
 from data_pipeline.quarantine import BadData
 from data_pipeline.store.manifest import OFFSETS_EXTENSION, TOKENS_EXTENSION
@@ -22,33 +22,32 @@ from data_pipeline.store.reader import BlockArrays, BlockReader, Buffer, Damaged
 Key = tuple[object, ...]
 
 
-Piece = tuple[int, int, int, int]
-"""Where a piece lies in its row, its end there, where it lies in the segment's tokens, its end there."""
-
-
 @dataclass
 class OpenSegment:
-    """A segment packed for one visit. ``pieces`` and ``spans`` are by row, in the order in which the visit reads
-    them.
+    """A segment packed for one visit; everything by row, in the order in which the visit reads them.
 
-    ``tokens`` [T] are the tokens as stored. ``pieces[i]`` are the pieces of row i. ``described`` int32 [2, pieces]
-    holds each piece's positions and the target of its last one, which is no token of the row; those of row i are
-    ``described[:, begin:end]`` with ``spans[i] = (begin, end)``. Lists, because taking one item of them is several
-    times faster than of arrays. ``lost`` are rows that damage makes unreadable, ``substitutes`` the segment and row
-    that stand in for each.
+    ``tokens`` [R, S] in the stored dtype, 0 on padding. ``row_pieces`` int32 [R] is the number of pieces in each row;
+    those of row i are ``pieces[:, starts[i] : starts[i + 1]]``, int32: the positions of each piece, and the target of
+    its last one, which is no token of the row. ``lost`` are rows that damage makes unreadable, ``substitutes`` the
+    segment and row that each was filled from.
     """
 
     number: int
     epoch: int
     tokens: np.ndarray
-    pieces: list[list[Piece]]
-    described: np.ndarray
-    spans: list[tuple[int, int]]
+    row_pieces: np.ndarray
+    starts: np.ndarray
+    pieces: np.ndarray
+    origins: np.ndarray  # first token of each piece, counted in the segment's tokens as stored
     lost: set[int] = field(default_factory=set)
     substitutes: dict[int, tuple[OpenSegment, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.row_pieces)
+
+    def span(self, row: int) -> slice:
+        """Where the pieces of ``row`` are."""
+        return slice(int(self.starts[row]), int(self.starts[row + 1]))
 
 
 class SegmentOpener:
@@ -68,31 +67,36 @@ class SegmentOpener:
         self._reserve = list(reserve)
         self._bad_data = bad_data
         self._dtype = np.dtype(reader.dtype)
+        self._scratch = Buffer()
 
     def open(self, number: int, epoch: int, key: Key | None, buffer: Buffer | None = None) -> OpenSegment:
         """Segment ``number`` for a visit that ``key`` shuffles (None: documents and rows as stored).
 
-        ``buffer`` may be filled with the segment's bytes. Raises DamagedDataError and FetchError, as the policy for bad
+        ``buffer`` may be filled with the segment's rows. Raises DamagedDataError and FetchError, as the policy for bad
         data says.
         """
         segment = self._open(number, epoch, key, buffer)
         if segment.lost:
             # Each lost row takes the next spare one, in the order in which they will be read.
             segment.substitutes = dict(zip(sorted(segment.lost), self._spares(segment, key), strict=False))
+            _fill_lost(segment)
         return segment
 
     def _open(self, number: int, epoch: int, key: Key | None, buffer: Buffer | None = None) -> OpenSegment:
         """The segment without substitutes."""
         indices = self._plan.blocks(number)
-        found = zip(self._reader.read_run(indices, buffer), indices, strict=True)
+        found = zip(self._reader.read_run(indices, self._scratch), indices, strict=True)
         results = [self._judged(result, block) for result, block in found]
         num_rows = int(self._plan.rows[number])
+        tokens_RS = self._rows_memory(num_rows, buffer)
         offsets = [result.offsets for result in results if result.offsets is not None]
         if len(offsets) < len(results):
             # Without the lengths of one block nothing can be packed as planned: all rows of the visit are lost.
+            counts = np.zeros(num_rows, dtype=np.int32)
             none = np.zeros((2, 0), dtype=np.int32)
-            nothing: list[list[Piece]] = [[] for _ in range(num_rows)]
-            return OpenSegment(number, epoch, none[0], nothing, none, [(0, 0)] * num_rows, lost=set(range(num_rows)))
+            starts = np.zeros(num_rows + 1, dtype=np.int64)
+            rows_lost = set(range(num_rows))
+            return OpenSegment(number, epoch, tokens_RS, counts, starts, none, none[0], lost=rows_lost)
         parts = [self._tokens(result, block) for result, block in zip(results, indices, strict=True)]
         tokens_T = parts[0] if len(parts) == 1 else np.concatenate(parts)
         lengths = np.concatenate([np.diff(block_offsets) for block_offsets in offsets])
@@ -107,38 +111,44 @@ class SegmentOpener:
                 f"{self._reader.shard_path(self._reader.blocks[indices[0]])}: a segment packs to {len(rows)} rows, the "
                 f"plan says {num_rows}. What to do: remove the plan_*.npz files of this data set."
             )
-        first = (np.cumsum(lengths) - lengths)[documents[rows.document]] + rows.start
-        begin = np.cumsum(rows.length) - rows.length
-        begin -= np.repeat(begin[rows.piece_starts[:-1]], np.diff(rows.piece_starts))  # from the start of the row
-        columns = (begin, begin + rows.length, first, first + rows.length)
-        pieces = list(zip(*(column.tolist() for column in columns), strict=True))
-        borders = rows.piece_starts.tolist()
-        spans = [(borders[row], borders[row + 1]) for row in packed_row.tolist()]
+        counts = np.diff(rows.piece_starts)[packed_row]
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        # Pieces row after row as they will be read.
+        order = np.arange(starts[-1]) + np.repeat(rows.piece_starts[:-1][packed_row] - starts[:-1], counts)
+        document, length = documents[rows.document[order]], rows.length[order]
+        first = (np.cumsum(lengths) - lengths)[document] + rows.start[order]
+        _fill(tokens_RS, tokens_T, starts, counts, first, length)
         return OpenSegment(
             number=number,
             epoch=epoch,
-            tokens=tokens_T,
-            pieces=[pieces[start:stop] for start, stop in spans],
-            described=np.stack((rows.length, tokens_T[first + rows.length])).astype(np.int32),
-            spans=spans,
-            lost=self._lost(results, offsets, documents[rows.document], rows, packed_row),
+            tokens=tokens_RS,
+            row_pieces=counts.astype(np.int32),
+            starts=starts,
+            pieces=np.stack((length, tokens_T[first + length])).astype(np.int32),
+            origins=first,
+            lost=self._lost(results, offsets, document, starts),
         )
+
+    def _rows_memory(self, num_rows: int, buffer: Buffer | None) -> np.ndarray:
+        shape = (num_rows, self._sequence_length)
+        if buffer is None:
+            return np.zeros(shape, dtype=self._dtype)
+        size = num_rows * self._sequence_length * self._dtype.itemsize
+        return np.frombuffer(buffer.view(size), dtype=self._dtype).reshape(shape)
 
     @staticmethod
     def _lost(
         results: list[BlockArrays | DamagedBlock],
         offsets: list[np.ndarray],
         document: np.ndarray,
-        rows: Rows,
-        packed_row: np.ndarray,
+        starts: np.ndarray,
     ) -> set[int]:
-        """Rows that hold a piece of a damaged block."""
+        """Rows that hold a piece of a damaged block; ``document`` is that of each piece."""
         is_damaged = [isinstance(result, DamagedBlock) for result in results]
         if not any(is_damaged):
             return set()
         is_lost = np.repeat(is_damaged, [len(block_offsets) - 1 for block_offsets in offsets])[document]
-        row_is_lost = np.add.reduceat(is_lost, rows.piece_starts[:-1]) > 0
-        return set(np.flatnonzero(row_is_lost[packed_row]).tolist())
+        return set(np.flatnonzero(np.add.reduceat(is_lost, starts[:-1])).tolist())
 
     def _judged(self, result: BlockArrays | DamagedBlock, number: int) -> BlockArrays | DamagedBlock:
         """``result``, or damaged when the block is in quarantine; raises its error unless damage is substituted."""
@@ -168,3 +178,42 @@ class SegmentOpener:
             "have been used up or are damaged too. What to do: restore the shards from a copy (pretrain data verify "
             "names all damage)."
         )
+
+
+def _fill(
+    tokens_RS: np.ndarray,
+    tokens_T: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    first: np.ndarray,
+    length: np.ndarray,
+) -> None:
+    """Copy pieces to their rows, one after the other from the start of each, and zeros after the last."""
+    num_rows, sequence_length = tokens_RS.shape
+    before = np.cumsum(length) - length
+    row_start = np.arange(num_rows) * sequence_length
+    # Where a piece goes, in the rows as one sequence.
+    begin = before + np.repeat(row_start - before[starts[:-1]], counts)
+    flat = tokens_RS.reshape(-1)
+    columns = (begin, begin + length, first, first + length)
+    for to, to_end, source, source_end in zip(*(column.tolist() for column in columns), strict=True):
+        flat[to:to_end] = tokens_T[source:source_end]
+    row_end = (begin + length)[starts[1:] - 1]
+    for end, stop in zip(row_end.tolist(), (row_start + sequence_length).tolist(), strict=True):
+        if end < stop:
+            flat[end:stop] = 0
+
+
+def _fill_lost(segment: OpenSegment) -> None:
+    """Put the rows of ``segment.substitutes`` into the segment."""
+    parts = []
+    for row in range(len(segment)):
+        source, source_row = segment.substitutes.get(row, (segment, row))
+        parts.append(source.pieces[:, source.span(source_row)])
+        if source is not segment:
+            segment.tokens[row] = source.tokens[source_row]
+    counts = [part.shape[1] for part in parts]
+    segment.row_pieces = np.array(counts, dtype=np.int32)
+    segment.starts = np.concatenate(([0], np.cumsum(counts)))
+    segment.pieces = np.concatenate(parts, axis=1)
+    segment.origins = np.zeros(0, dtype=np.int64)  # told by the segments that the rows come from

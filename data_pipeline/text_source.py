@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.array_pool import ArrayPool
-from data_pipeline.batch import Arrays, unpack
+from data_pipeline.batch import Arrays, reorder_pieces, unpack
 from data_pipeline.order import LaneOrder, Place, SequentialOrder
 from data_pipeline.plan import SegmentPlan
 from data_pipeline.quarantine import BadData
@@ -22,6 +22,8 @@ from data_pipeline.text_segment import OpenSegment, SegmentOpener
 
 if TYPE_CHECKING:
     from data_pipeline.fetch.cache import SegmentCache
+
+_MOST_POOLS = 16
 
 Address = tuple[int, int]
 """Lane of a source and position in it."""
@@ -86,7 +88,7 @@ class TextSource:
         self._opener = SegmentOpener(reader, plan, sequence_length, packing, reserve, self.bad_data)
         self._cursors: dict[int, _Cursor] = {}
         self._dtype = np.dtype(reader.dtype)
-        self._pool: ArrayPool | None = None
+        self._pools: dict[int, ArrayPool] = {}  # by rows of a batch
 
     def batch(self, indices: Sequence[int]) -> Arrays:
         """Rows of global samples ``indices``; see :class:`data_pipeline.source.SampleSource`.
@@ -97,41 +99,56 @@ class TextSource:
 
     def lean(self, indices: Sequence[int]) -> Arrays:
         """Rows of global samples ``indices`` as a lean batch (:mod:`data_pipeline.batch`); raises as :meth:`batch`."""
-        lanes = self.num_lanes
-        return self.rows([(index % lanes, index // lanes) for index in indices])
+        index = np.asarray(indices, dtype=np.int64)
+        return self._gather(index % self.num_lanes, index // self.num_lanes)
 
     def rows(self, addresses: Sequence[Address]) -> Arrays:
         """Rows by lane and position, as a lean batch; raises as :meth:`batch`."""
+        lanes_positions = np.array(addresses, dtype=np.int64).reshape(len(addresses), 2)
+        return self._gather(lanes_positions[:, 0], lanes_positions[:, 1])
+
+    def _gather(self, lanes: np.ndarray, positions: np.ndarray) -> Arrays:
+        """Rows [N] by lane and position. Neighbouring rows of one lane are copied at once, so many rows are cheaper."""
         if self._cache is not None:
-            self._look_ahead(addresses)
-        cursors = self._cursors
-        tokens = self._memory(len(addresses))
-        described: list[np.ndarray] = []
-        counts: list[int] = []
+            self._look_ahead(list(zip(lanes.tolist(), positions.tolist(), strict=True)))
+        tokens = self._memory(len(lanes))
+        by_lane = np.argsort(lanes, kind="stable")
+        place, position, lane = by_lane.tolist(), positions[by_lane].tolist(), lanes[by_lane].tolist()
+        counts: list[np.ndarray] = []
+        pieces: list[np.ndarray] = []
         substituted: list[int] = []
-        length = self._sequence_length
-        for out, (lane, position) in enumerate(addresses):
-            cursor = cursors.get(lane)
-            if cursor is None or not 0 <= position - cursor.begin < cursor.count:
-                cursor = self._turn(lane, position)
-            cursor.position = position
-            segment, row = cursor.segment, position - cursor.begin
-            if segment.substitutes and row in segment.substitutes:
-                segment, row = segment.substitutes[row]
-                substituted.append(out)
-            target, source = tokens[out], segment.tokens
-            end = 0
-            for begin, end, first, stop in segment.pieces[row]:
-                target[begin:end] = source[first:stop]
-            if end < length:
-                target[end:] = 0
-            begin, end = segment.spans[row]
-            described.append(segment.described[:, begin:end])
-            counts.append(end - begin)
-        pieces = np.concatenate(described, axis=1) if described else np.zeros((2, 0), dtype=np.int32)
-        lean = {"tokens": tokens, "row_pieces": np.array(counts, dtype=np.int32), "pieces": pieces}
+        at = 0
+        while at < len(place):
+            cursor = self._cursors.get(lane[at])
+            if cursor is None or not 0 <= position[at] - cursor.begin < cursor.count:
+                cursor = self._turn(lane[at], position[at])
+            segment, row = cursor.segment, position[at] - cursor.begin
+            # The run of rows that lie one after the other here, and at equal distances in the batch.
+            stop = at + 1
+            step = place[stop] - place[at] if stop < len(place) else 1
+            while (
+                stop < len(place)
+                and lane[stop] == lane[at]
+                and position[stop] - position[at] == stop - at < cursor.count - row
+                and place[stop] - place[at] == (stop - at) * step
+            ):
+                stop += 1
+            count = stop - at
+            tokens[place[at] : place[stop - 1] + 1 : step if count > 1 else 1] = segment.tokens[row : row + count]
+            counts.append(segment.row_pieces[row : row + count])
+            pieces.append(segment.pieces[:, segment.starts[row] : segment.starts[row + count]])
+            if segment.substitutes:
+                substituted += [place[at + i] for i in range(count) if row + i in segment.substitutes]
+            cursor.position = position[stop - 1]
+            at = stop
+        lean = {
+            "tokens": tokens,
+            "row_pieces": np.concatenate(counts) if counts else np.zeros(0, dtype=np.int32),
+            "pieces": np.concatenate(pieces, axis=1) if pieces else np.zeros((2, 0), dtype=np.int32),
+        }
+        lean |= reorder_pieces(lean, by_lane)
         if self.bad_data.substitutes:
-            lean["substituted"] = np.isin(np.arange(len(addresses)), substituted)
+            lean["substituted"] = np.isin(np.arange(len(place)), substituted)
         return lean
 
     def provenance(self, index: int) -> list[dict[str, Any]]:
@@ -152,7 +169,8 @@ class TextSource:
         results = self._reader.read_run(indices)
         block_starts = np.cumsum([0] + [block.tokens for block in blocks])
         pieces = []
-        for begin, end, first, _ in segment.pieces[row]:
+        span = segment.span(row)
+        for first, length in zip(segment.origins[span].tolist(), segment.pieces[0, span].tolist(), strict=True):
             at = int(np.searchsorted(block_starts, first, side="right")) - 1
             within = first - int(block_starts[at])
             offsets = results[at].offsets
@@ -164,7 +182,7 @@ class TextSource:
                     "member": f"{blocks[at].key}.{TOKENS_EXTENSION}",
                     "document": document,
                     "first_token": within - int(offsets[document]),
-                    "positions": end - begin,
+                    "positions": length,
                     "epoch": place.epoch,
                     "lane": place.lane,
                     "substitutes": is_substitute,
@@ -191,9 +209,12 @@ class TextSource:
         return cursor
 
     def _memory(self, num_rows: int) -> np.ndarray:
-        if self._pool is None or self._pool.shape[0] != num_rows:
-            self._pool = ArrayPool((num_rows, self._sequence_length), self._dtype)
-        return self._pool.take()
+        pool = self._pools.get(num_rows)
+        if pool is None:
+            if len(self._pools) >= _MOST_POOLS:
+                self._pools.clear()
+            pool = self._pools[num_rows] = ArrayPool((num_rows, self._sequence_length), self._dtype)
+        return pool.take()
 
     def _look_ahead(self, addresses: Sequence[Address]) -> None:
         """Announce what is to be read: segments that these rows open now, then each lane's next one, soonest first."""

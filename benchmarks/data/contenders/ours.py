@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import common
+import numpy as np
 import torch
 
 import data_pipeline.text_build  # noqa: F401  (build() imports it; imports are timed apart)
@@ -37,7 +38,6 @@ def open_loader(
     with StepLoader(source, rows, rows, dp_rank=0, dp_size=1, start_step=start_step, lean=lean) as loader:
         for micro_batches in loader:
             for arrays in micro_batches:
-                batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                narrow = [name for name, tensor in batch.items() if tensor.dtype in (torch.uint16, torch.uint32)]
-                batch |= {name: batch[name].to(torch.int32) for name in narrow}
+                tokens = arrays["tokens"].astype(np.int32, copy=False)
+                batch = {name: torch.from_numpy(array) for name, array in (arrays | {"tokens": tokens}).items()}
                 yield batch["tokens"]
