@@ -95,7 +95,7 @@ def test_a_flipped_byte_is_fetched_again_or_named(folder: Path, web: FaultServer
 def test_a_missing_shard_is_told_at_once(web: FaultServer, tmp_path: Path) -> None:
     del web.files["/set/train-000001.tar"]
     source = remote(web, tmp_path).build(3).train
-    with pytest.raises(MissingDataError, match="train-000001.tar"):
+    with pytest.raises(MissingDataError, match=r"train-000001\.tar"):
         source.batch(range(200))
     source.close()
 

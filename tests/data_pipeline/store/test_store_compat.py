@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,16 @@ def test_energon_and_megatron_core_share_their_namespace() -> None:
     assert core.origin is not None
     assert Path(core.origin).parent.name == "core"
     assert getattr(megatron, "__file__", None) is None
+
+
+def test_energon_indexes_both_splits_together(dataset: Path, tmp_path: Path) -> None:
+    """It refuses keys that two shards share, so splits have keys of their own."""
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    manifest = Manifest.load(shutil.copytree(dataset, tmp_path / "both"))
+    names = [shard["name"] for split in ("train", "validation") for shard in manifest.split(split)["shards"]]
+    patterns = [("train", "train-.*"), ("val", "validation-.*")]
+    BaseWebdatasetFactory.prepare_dataset(manifest.folder, names, split_parts_patterns=patterns, workers=1)
+    counts = json.loads((manifest.folder / ".nv-meta" / ".info.json").read_text())["shard_counts"]
+    assert set(counts) == set(names)
+    assert any(name.startswith("validation") for name in names)
