@@ -58,6 +58,11 @@ class MixedSource:
         pieces = self.sources[place.source].provenance_at(place.lane, place.position)
         return [{"source": self.names[place.source], **piece} for piece in pieces]
 
+    def counters(self) -> dict[str, float]:
+        """Sums of the sources' counters."""
+        found = [source.counters() for source in self.sources]
+        return {name: sum(counts.get(name, 0) for counts in found) for name in {n for counts in found for n in counts}}
+
     def close(self) -> None:
         """Close all sources."""
         for source in self.sources:

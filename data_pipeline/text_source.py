@@ -190,6 +190,10 @@ class TextSource:
             )
         return pieces
 
+    def counters(self) -> dict[str, float]:
+        """Requests, bytes, retries, hits, waits and evictions so far; empty for a local dataset."""
+        return {} if self._cache is None else self._cache.describe()
+
     def close(self) -> None:
         """Drop the open segments and end what is being fetched."""
         self._cursors.clear()

@@ -61,6 +61,12 @@ class DataCallback(Callback):
                 "tells what is wrong with them), or raise the budget: pretrain resume RUN data.damage_budget=..."
             )
 
+    def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
+        counters = self._source.counters() if hasattr(self._source, "counters") else {}
+        if counters:
+            self._log.write("fetched", step=trainer.state.step, counters=counters)
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         return {**loader_state(self._source, self._samples), "substituted": self._substituted}
 
