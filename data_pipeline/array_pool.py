@@ -7,8 +7,6 @@ from collections import deque
 
 import numpy as np
 
-# The deque, the local variable and the argument of getrefcount.
-_OWN_REFERENCES = 3
 _MOST_ARRAYS = 1024
 
 
@@ -23,15 +21,20 @@ class ArrayPool:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.shape, self._dtype = shape, dtype
         self._arrays: deque[np.ndarray] = deque()
+        # Python versions count the references of a call differently: what a free array has is measured.
+        self._free = _references(deque([np.empty(0, dtype)]))
 
     def take(self) -> np.ndarray:
         """An array that is the caller's for as long as anything refers to it."""
-        if self._arrays:
-            array = self._arrays[0]
-            if sys.getrefcount(array) == _OWN_REFERENCES:
-                self._arrays.rotate(-1)
-                return array
+        if self._arrays and _references(self._arrays) == self._free:
+            self._arrays.rotate(-1)
+            return self._arrays[-1]
         array = np.empty(self.shape, dtype=self._dtype)
         if len(self._arrays) < _MOST_ARRAYS:
             self._arrays.append(array)
         return array
+
+
+def _references(arrays: deque[np.ndarray]) -> int:
+    """References to the first of ``arrays``, those of this call included."""
+    return sys.getrefcount(arrays[0])

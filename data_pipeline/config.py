@@ -126,6 +126,22 @@ def _path_violation(where: str, path: str, error: Exception) -> Violation:
     return where, path, str(error), fix
 
 
+def _edition_violations(where: str, manifest: Manifest, base: str, appended: list[str]) -> Iterator[Violation]:
+    """Appended editions must come after the base one, in the order in which the dataset had them."""
+    known = [edition["fingerprint"] for edition in manifest.content.get("editions", [])] + [manifest.fingerprint]
+    before = known.index(base)
+    for number, edition in enumerate(appended):
+        field = f"{where}[{number}].edition"
+        if edition not in known:
+            yield field, edition, "is no edition of the data set", f"its editions are {', '.join(known)}"
+            return
+        if known.index(edition) <= before:
+            rule = f"must be later than {known[before]}, which the order holds already"
+            yield field, edition, rule, f"editions, oldest first, are {', '.join(known)}"
+            return
+        before = known.index(edition)
+
+
 def _num_segments(manifest: Manifest) -> int:
     return sum(shard["blocks"] for shard in manifest.split("train")["shards"])
 
@@ -140,7 +156,7 @@ def _tokenizer_path(manifest: Manifest, fetch: FetchConfig) -> str:
     folder = fetch.cache().path()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"tokenizer-{manifest.content['tokenizer']['hash']}.json"
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != data:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -173,7 +189,7 @@ class TextDataConfig(_TextFields):
         try:
             base = self.manifest()
         except ValueError:
-            return  # another dataset: told when the run's own record of it is compared
+            return  # another dataset: a new run says so when it is frozen, a continued one names the shard
         num_segments = _num_segments(base) - self.reserve_segments
         if self.num_lanes is not None and self.num_lanes > num_segments:
             rule = f"must not exceed the {num_segments} segments of the training split"
@@ -184,11 +200,7 @@ class TextDataConfig(_TextFields):
         starts = [item.from_sample for item in self.appended]
         if starts != sorted(set(starts)) or (starts and starts[0] < 0):
             yield "appended", starts, "from_sample must rise from entry to entry", "order them"
-        for number, item in enumerate(self.appended):
-            try:
-                manifest.edition(item.edition)
-            except ValueError as error:
-                yield f"appended[{number}].edition", item.edition, str(error), "pretrain data inspect lists editions"
+        yield from _edition_violations("appended", manifest, base.fingerprint, [i.edition for i in self.appended])
 
     def manifest(self) -> Manifest:
         """The dataset's manifest, as of ``edition``; raises ValueError when ``path`` holds no such one."""
@@ -206,7 +218,7 @@ class TextDataConfig(_TextFields):
 
     def frozen(self) -> TextDataConfig:
         """With the present edition written down, so that shards appended later do not change a run by themselves."""
-        return self if self.edition is not None else dataclasses.replace(self, edition=self.fingerprint)
+        return dataclasses.replace(self, edition=self.fingerprint)
 
     def datasets(self) -> dict[str, Any]:
         """Fingerprint and shards of the dataset as it is on disk, for comparison with what a run began with."""
@@ -231,6 +243,7 @@ class TextDataConfig(_TextFields):
         )
 
         manifest = self.manifest()
+        bad_data = BadData(self.on_damage)
         lanes = self.num_lanes
         if lanes is None:
             lanes = recommended_lanes(manifest, num_blocks(manifest, "train") - self.reserve_segments)
@@ -241,7 +254,11 @@ class TextDataConfig(_TextFields):
         validation = None
         if "validation" in manifest.splits:
             validation = sequential_source(
-                manifest, self.sequence_length, packing=self._packing, cache=self.fetch.cache()
+                manifest,
+                self.sequence_length,
+                packing=self._packing,
+                bad_data=bad_data.for_source("validation"),
+                cache=self.fetch.cache(),
             )
         train = train_source(
             manifest,
@@ -251,7 +268,7 @@ class TextDataConfig(_TextFields):
             packing=self._packing,
             appended=appended,
             reserve_segments=self.reserve_segments,
-            bad_data=BadData(self.on_damage),
+            bad_data=bad_data,
             cache=self.fetch.cache(),
         )
         train.timeline = [[item.from_sample, item.edition] for item in self.appended]
@@ -279,6 +296,13 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixedAppendedConfig(AppendedConfig):
+    """As AppendedConfig, for the data set that is called ``source``."""
+
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixedTextConfig(_TextFields):
     """Several text datasets in one order, by weights that may change in phases.
 
@@ -293,6 +317,7 @@ class MixedTextConfig(_TextFields):
     weights: dict[str, float] | None = None
     phases: tuple[PhaseConfig, ...] = field(default=(), metadata=_EXTENDABLE)
     editions: dict[str, str] = field(default_factory=dict)
+    appended: tuple[MixedAppendedConfig, ...] = field(default=(), metadata=_EXTENDABLE)
 
     def violations(self) -> Iterator[Violation]:
         """Broken rules as (field, found, rule, fix)."""
@@ -315,6 +340,7 @@ class MixedTextConfig(_TextFields):
                 manifests[name] = _load(path, self.fetch, None)
             except (ValueError, OSError) as error:
                 yield _path_violation(f"sources.{name}", path, error)
+        yield from self._appended_violations(manifests)
         hashes = {name: manifest.content["tokenizer"]["hash"] for name, manifest in manifests.items()}
         first = next(iter(hashes.values()), None)
         for name, value in hashes.items():
@@ -355,13 +381,31 @@ class MixedTextConfig(_TextFields):
         from data_pipeline.quarantine import BadData
         from data_pipeline.source import DataSources
         from data_pipeline.store.manifest import digest_of
-        from data_pipeline.text_build import num_blocks, recommended_lanes, sequential_source, train_source
+        from data_pipeline.text_build import (
+            Appended,
+            num_blocks,
+            recommended_lanes,
+            sequential_source,
+            train_source,
+        )
 
         manifests = self._manifests()
         names = list(manifests)
         segments = {name: num_blocks(manifests[name], "train") - self.reserve_segments for name in names}
         lanes = self.num_lanes or max(recommended_lanes(manifests[name], segments[name]) for name in names)
         own = [max(d for d in range(1, min(lanes, segments[name]) + 1) if lanes % d == 0) for name in names]
+        mixture = Mixture(names, own, lanes, self._phases())
+        appended = {
+            name: [
+                Appended(
+                    _load(self.sources[name], self.fetch, item.edition),
+                    mixture.source_positions(number, item.from_sample),
+                )
+                for item in self.appended
+                if item.source == name
+            ]
+            for number, name in enumerate(names)
+        }
         bad_data = BadData(self.on_damage)
         trains = [
             train_source(
@@ -371,6 +415,7 @@ class MixedTextConfig(_TextFields):
                 f"{seed} {name}",  # equal permutations in two sources would be no harm, but no need either
                 packing=self._packing,
                 reserve_segments=self.reserve_segments,
+                appended=appended[name],
                 bad_data=bad_data.for_source(name),
                 cache=self.fetch.cache(),
             )
@@ -378,21 +423,43 @@ class MixedTextConfig(_TextFields):
         ]
         held_out = [name for name in names if "validation" in manifests[name].splits]
         validations = [
-            sequential_source(manifests[name], self.sequence_length, packing=self._packing, cache=self.fetch.cache())
+            sequential_source(
+                manifests[name],
+                self.sequence_length,
+                packing=self._packing,
+                bad_data=bad_data.for_source(f"{name}, validation"),
+                cache=self.fetch.cache(),
+            )
             for name in held_out
         ]
-        phases = self._phases()
         order = {name: [source.fingerprint, source.num_lanes] for name, source in zip(names, trains, strict=True)}
-        train = MixedSource(
-            Mixture(names, own, lanes, phases), names, trains, digest_of([order, names, lanes, MIXING]), bad_data
-        )
-        train.timeline = [[phase.from_sample, dict(sorted(phase.weights.items()))] for phase in phases]
+        train = MixedSource(mixture, names, trains, digest_of([order, names, lanes, MIXING]), bad_data)
+        events = [[phase.from_sample, dict(sorted(phase.weights.items()))] for phase in self._phases()]
+        events += [[item.from_sample, {"source": item.source, "edition": item.edition}] for item in self.appended]
+        train.timeline = sorted(events, key=lambda event: int(str(event[0])))
         chained = ChainedSource(held_out, validations, digest_of([v.fingerprint for v in validations]))
         return DataSources(
             train=train,
             validation=chained if validations else None,
             tokenizer_path=_tokenizer_path(manifests[names[0]], self.fetch),
         )
+
+    def _appended_violations(self, manifests: dict[str, Manifest]) -> Iterator[Violation]:
+        for name in {item.source for item in self.appended} - set(self.sources):
+            yield "appended", name, "names no source", f"sources are {', '.join(self.sources)}"
+        for name in set(self.editions) - set(self.sources):
+            yield "editions", name, "names no source", f"sources are {', '.join(self.sources)}"
+        for name, manifest in manifests.items():
+            own = [item for item in self.appended if item.source == name]
+            starts = [item.from_sample for item in own]
+            if starts != sorted(set(starts)) or (starts and starts[0] < 0):
+                yield "appended", starts, f"from_sample of source {name!r} must rise from entry to entry", "order them"
+            try:
+                base = manifest.edition(self.editions.get(name, manifest.fingerprint))
+            except ValueError:
+                continue  # another dataset: told when the run's own record of it is compared
+            editions = [item.edition for item in own]
+            yield from _edition_violations(f"appended of {name}", manifest, base.fingerprint, editions)
 
     def _manifests(self) -> dict[str, Manifest]:
         return {name: _load(path, self.fetch, self.editions.get(name)) for name, path in self.sources.items()}

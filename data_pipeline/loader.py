@@ -193,8 +193,8 @@ class StepLoader:
                 started = time.perf_counter()
                 try:
                     group = self._group_of(step, size)
-                except Exception:
-                    if size == 1:
+                except Exception as error:
+                    if size == 1 or isinstance(error, OSError):  # what cannot be fetched was tried for long enough
                         raise
                     size = 1  # once more, step by step: what comes before the fault is handed over
                     continue

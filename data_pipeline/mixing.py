@@ -175,6 +175,13 @@ def phase_violations(names: Sequence[str], phases: Sequence[Phase]) -> list[tupl
         if not any(math.isfinite(weight) and weight > 0 for weight in phase.weights.values()):
             found.append((where, dict(phase.weights), "at least one weight must be above 0", "give a source a weight"))
         # A source that is asked for but never comes up would be a silent loss.
+        if not found:
+            asked = [name for name in names if phase.weights.get(name, 0.0) > 0]
+            present = set(wheel([phase.weights[name] for name in asked]).tolist())
+            absent = [name for number, name in enumerate(asked) if number not in present]
+            if absent:
+                rule = f"gives no slot of the wheel's {WHEEL_SLOTS} to {', '.join(absent)}"
+                found.append((where, dict(phase.weights), rule, "raise their weights, or set them to 0"))
         total = sum(weight for weight in phase.weights.values() if math.isfinite(weight) and weight > 0)
         for name, weight in phase.weights.items():
             if math.isfinite(weight) and 0 < weight < total / (2 * WHEEL_SLOTS):

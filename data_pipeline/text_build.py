@@ -82,8 +82,7 @@ def train_source(
     unreadable. Raises ValueError when there are more lanes than segments, DamagedDataError, FetchError.
     """
     last = appended[-1].manifest if appended else manifest
-    blocks = BlockIndex(last, split)
-    blocks.check_sizes()
+    blocks = _block_index(last, split, bad_data)
     lanes = recommended_lanes(manifest, num_blocks(manifest, split) - reserve_segments)
     lanes = lanes if num_lanes is None else num_lanes
     cache = cache or CacheSettings()
@@ -94,6 +93,7 @@ def train_source(
     first = 0
     for edition in [manifest, *(item.manifest for item in appended)]:
         stop = num_blocks(edition, split)
+        assert stop >= first, "editions are in the order in which they came"
         if stop > first:
             starts = segment_starts(first, stop, size)
             plans.append(make_plan(edition, reader, split, sequence_length, packing, starts, cache.path()))
@@ -119,7 +119,8 @@ def train_source(
         sequence_length=sequence_length,
         packing=packing,
         fingerprint=digest_of([plan.digest, lanes, seed, len(reserve), ORDER]),
-        reserve=reserve,
+        # Without a reserve, rows of the first edition are repeated: what is appended later must not change the past.
+        spares=reserve or range(sizes[0]),
         bad_data=bad_data,
         cache=segment_cache,
     )
@@ -131,14 +132,14 @@ def sequential_source(
     split: str = "validation",
     *,
     packing: str = BEST_FIT,
+    bad_data: BadData | None = None,
     cache: CacheSettings | None = None,
 ) -> TextSource:
     """The finite source that holds every target of ``split`` exactly once, in stored order.
 
     Raises DamagedDataError, FetchError.
     """
-    blocks = BlockIndex(manifest, split)
-    blocks.check_sizes()
+    blocks = _block_index(manifest, split, bad_data)
     cache = cache or CacheSettings()
     reader, segment_cache = _reader(manifest, blocks, cache)
     size = blocks_per_segment(4 * len(blocks), manifest.content["block_tokens"], sequence_length, 1)
@@ -153,8 +154,19 @@ def sequential_source(
         packing=packing,
         fingerprint=digest_of([plan.digest, "sequential"]),
         num_bytes=manifest.split(split)["bytes"],
+        spares=range(len(plan.rows)),
+        bad_data=bad_data,
         cache=segment_cache,
     )
+
+
+def _block_index(manifest: Manifest, split: str, bad_data: BadData | None) -> BlockIndex:
+    """The blocks of a split; unless damage is substituted, a shard that is missing or cut short is told at once."""
+    substitutes = bad_data is not None and bad_data.substitutes
+    blocks = BlockIndex(manifest, split, check_shards=not substitutes)
+    if not substitutes:
+        blocks.check_sizes()
+    return blocks
 
 
 def _reader(manifest: Manifest, blocks: BlockIndex, settings: CacheSettings) -> tuple[BlockReader, SegmentCache | None]:

@@ -51,7 +51,7 @@ class OpenSegment:
 
 
 class SegmentOpener:
-    """Opens segments of ``plan``. ``reserve`` are segments whose rows stand in for lost ones (none: any other)."""
+    """Opens segments of ``plan``. Rows of ``spares``, segments in effect from the start, stand in for lost ones."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class SegmentOpener:
         plan: SegmentPlan,
         sequence_length: int,
         packing: str,
-        reserve: Sequence[int],
+        spares: Sequence[int],
         bad_data: BadData,
     ) -> None:
         self._reader, self._plan = reader, plan
         self._sequence_length, self._packing = sequence_length, packing
-        self._reserve = list(reserve)
+        self._spare_segments = list(spares)
         self._bad_data = bad_data
         self._dtype = np.dtype(reader.dtype)
         self._scratch = Buffer()
@@ -169,7 +169,7 @@ class SegmentOpener:
     def _spares(self, segment: OpenSegment, key: Key | None) -> Iterator[tuple[OpenSegment, int]]:
         """Sound rows of other segments, in an order that depends on the visit of ``segment`` alone."""
         key = key or ("sequential", segment.number)
-        candidates = self._reserve or [number for number in range(len(self._plan.rows)) if number != segment.number]
+        candidates = [number for number in self._spare_segments if number != segment.number]
         for rank in keyed_permutation(len(candidates), *key, "reserve").tolist():
             spare = self._open(candidates[rank], segment.epoch, (*key, "spare"))
             yield from ((spare, row) for row in range(len(spare)) if row not in spare.lost)
@@ -206,14 +206,15 @@ def _fill(
 
 def _fill_lost(segment: OpenSegment) -> None:
     """Put the rows of ``segment.substitutes`` into the segment."""
-    parts = []
+    parts, origins = [], []
     for row in range(len(segment)):
         source, source_row = segment.substitutes.get(row, (segment, row))
         parts.append(source.pieces[:, source.span(source_row)])
+        origins.append(source.origins[source.span(source_row)])
         if source is not segment:
             segment.tokens[row] = source.tokens[source_row]
     counts = [part.shape[1] for part in parts]
     segment.row_pieces = np.array(counts, dtype=np.int32)
     segment.starts = np.concatenate(([0], np.cumsum(counts)))
     segment.pieces = np.concatenate(parts, axis=1)
-    segment.origins = np.zeros(0, dtype=np.int64)  # told by the segments that the rows come from
+    segment.origins = np.concatenate(origins)

@@ -48,9 +48,8 @@ class TextSource:
     Keeps one open segment per lane that it has read: walking the order forwards packs every segment once,
     whatever share of the lanes this rank reads; memory is (lanes read) x (segment).
 
-    ``segments[i]`` is the plan's number of the order's segment i; ``reserve`` are segments that the order leaves out,
-    to stand in for lost rows (when empty, rows of other segments are repeated). With a ``cache``, the segments that
-    come next are fetched ahead.
+    ``segments[i]`` is the plan's number of the order's segment i; ``spares`` are the plan's segments whose rows stand
+    in for lost ones. With a ``cache``, the segments that come next are fetched ahead.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class TextSource:
         packing: str,
         fingerprint: str,
         num_bytes: int | None = None,
-        reserve: Sequence[int] = (),
+        spares: Sequence[int],
         bad_data: BadData | None = None,
         cache: SegmentCache | None = None,
     ) -> None:
@@ -85,7 +84,7 @@ class TextSource:
         self._segments = segments
         self._reader = reader
         self._cache = cache
-        self._opener = SegmentOpener(reader, plan, sequence_length, packing, reserve, self.bad_data)
+        self._opener = SegmentOpener(reader, plan, sequence_length, packing, spares, self.bad_data)
         self._cursors: dict[int, _Cursor] = {}
         self._dtype = np.dtype(reader.dtype)
         self._pools: dict[int, ArrayPool] = {}  # by rows of a batch

@@ -57,9 +57,8 @@ class MicroBatchDataset(IterableDataset[dict[str, torch.Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         source = self._opened()
-        info = get_worker_info()
-        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        number = self._start + worker if self._next is None else self._next
+        _, num_workers = _worker()
+        number = self._number()
         num_samples = source.num_samples
         while num_samples is None or number // self._per_step * self._layout[0] < num_samples:
             step, place = divmod(number, self._per_step)
@@ -72,16 +71,36 @@ class MicroBatchDataset(IterableDataset[dict[str, torch.Tensor]]):
 
     def state_dict(self) -> dict[str, Any]:
         """This worker's position: JSON."""
-        number = self._start if self._next is None else self._next
+        number = self._number()
         samples = number // self._per_step * self._layout[0]
-        return {"next": self._next, "order": loader_state(self._opened(), samples)}
+        return {"next": number, "layout": self._full_layout(), "order": loader_state(self._opened(), samples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a position; raises ValueError when it belongs to another order."""
-        check_loader_state(self._opened(), state["order"])
+        """Continue at a position; raises ValueError when it belongs to another order or layout."""
+        samples = check_loader_state(self._opened(), state["order"])
+        if state["layout"] != self._full_layout():
+            raise ValueError(
+                f"the state belongs to a loader with {state['layout']}, this one has {self._full_layout()}. "
+                f"What to do: keep the layout, or begin a new loader with start_sample={samples}."
+            )
         self._next = state["next"]
+
+    def _number(self) -> int:
+        """Number of the next micro-batch of this worker."""
+        return self._start + _worker()[0] if self._next is None else self._next
+
+    def _full_layout(self) -> dict[str, int]:
+        names = ("global_batch", "micro_batch", "dp_rank", "dp_size")
+        worker, num_workers = _worker()
+        return dict(zip(names, self._layout, strict=True)) | {"worker": worker, "num_workers": num_workers}
 
     def _opened(self) -> SampleSource:
         if self._source is None:
             self._source = self._open_source()
         return self._source
+
+
+def _worker() -> tuple[int, int]:
+    """Number of this loader worker, and how many there are."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)

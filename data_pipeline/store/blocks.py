@@ -19,9 +19,14 @@ _KEPT_SHARDS = 4096
 
 
 class BlockIndex(Sequence[Block]):
-    """All blocks of ``split`` in stored order. Indexing raises DamagedDataError and FetchError, as sidecars do."""
+    """All blocks of ``split`` in stored order. Indexing raises DamagedDataError and FetchError, as sidecars do.
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    Without ``check_shards`` a sidecar is enough: its shard may be missing or of another size, which shows when it is
+    read.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, check_shards: bool = True) -> None:
+        self._check_shards = check_shards
         self._manifest = manifest
         self._shards: list[dict[str, Any]] = manifest.split(split)["shards"]
         self._starts = [0, *accumulate(int(shard["blocks"]) for shard in self._shards)]
@@ -77,7 +82,7 @@ class BlockIndex(Sequence[Block]):
     def _shard(self, number: int) -> list[Block]:
         blocks = self._loaded.get(number)
         if blocks is None:
-            blocks = self._manifest.shard_blocks(self._shards[number])
+            blocks = self._manifest.shard_blocks(self._shards[number], self._check_shards)
             if len(blocks) != self._starts[number + 1] - self._starts[number]:
                 raise DamagedDataError(
                     f"{url_of(self._manifest.storage, self._shards[number]['name'])}: its sidecar lists {len(blocks)} "

@@ -230,9 +230,11 @@ class Manifest:
             for entry in sidecar["blocks"]
         ]
 
-    def shard_blocks(self, shard: dict[str, Any]) -> list[Block]:
-        """The blocks of one shard entry of the manifest; raises as :meth:`blocks`."""
-        return [Block(shard=shard["name"], **entry) for entry in load_sidecar(self.storage, shard)["blocks"]]
+    def shard_blocks(self, shard: dict[str, Any], check_shard: bool = True) -> list[Block]:
+        """The blocks of one shard entry of the manifest; raises as :meth:`blocks`, of the shard itself only with
+        ``check_shard``."""
+        sidecar = load_sidecar(self.storage, shard, check_shard)
+        return [Block(shard=shard["name"], **entry) for entry in sidecar["blocks"]]
 
     def samples(self, split: str) -> list[Sample]:
         """All samples of ``split`` in stored order, from the sidecars; raises as :meth:`blocks`."""

@@ -148,8 +148,8 @@ class BlockReader:
             try:
                 payload = self._read_storage(ByteRange(block.shard, offsets_entry["offset"] - tar.BLOCK, end))
                 offsets = self._offsets(memoryview(payload), offsets_entry["offset"] - tar.BLOCK, block)
-            except DamagedDataError:
-                return DamagedBlock(self._of_block(error, block, TOKENS_EXTENSION), None)
+            except DamagedDataError as cause:
+                return DamagedBlock(self._of_block(cause, block, OFFSETS_EXTENSION), None)
             return DamagedBlock(self._of_block(error, block, TOKENS_EXTENSION), offsets)
 
     def _of_block(self, error: DamagedDataError, block: Block, extension: str) -> DamagedDataError:

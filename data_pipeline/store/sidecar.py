@@ -77,8 +77,10 @@ def encode_samples_sidecar(
     return f'{json.dumps(head)[:-1]}, "samples": [\n{lines}\n]}}\n'.encode()
 
 
-def load_sidecar(location: str | os.PathLike[str] | Storage, shard: dict[str, Any]) -> dict[str, Any]:
-    """The sidecar of one shard entry of the manifest, after checking its hash and the shard's size.
+def load_sidecar(
+    location: str | os.PathLike[str] | Storage, shard: dict[str, Any], check_shard: bool = True
+) -> dict[str, Any]:
+    """The sidecar of one shard entry of the manifest, after checking its hash and (``check_shard``) the shard's size.
 
     ``location`` is the dataset's folder, URL or opened storage. Raises DamagedDataError naming the shard
     (MissingDataError when it or its sidecar is not there), FetchError.
@@ -86,7 +88,7 @@ def load_sidecar(location: str | os.PathLike[str] | Storage, shard: dict[str, An
     storage = storage_at(location)
     name = shard["name"]
     try:
-        size = storage.size(name)
+        size = storage.size(name) if check_shard else shard["size"]
         raw = storage.read(sidecar_name(name))
     except MissingDataError as error:
         reason = str(error).partition(" What to do:")[0]

@@ -11,6 +11,7 @@ import numpy as np
 from pretrain.engines.base import Engine
 from pretrain.parallel.process import all_reduce_floats
 from pretrain.training.batches import to_device, to_tensors
+from pretrain.training.loop import raise_common_data_failure
 
 _STOP_INTERVAL = 8  # batches between two questions whether to stop
 
@@ -29,6 +30,9 @@ def evaluate(
     Samples are dealt to data-parallel indices in turn and sums are taken in float64. Over the whole source the result
     also holds bits per UTF-8 byte: total nats / ln 2 / bytes of the text behind the targets. ``stop``, which must
     answer the same on every rank, is asked every few batches; when it says yes the result is None.
+
+    Raises:
+        DataFailureError, DataUnavailableError: on every rank, when the data of one fail.
     """
     total = source.num_samples if num_samples is None else min(num_samples, source.num_samples)
     loss_sum = targets = 0.0
@@ -39,7 +43,16 @@ def evaluate(
         is_counted = places[-1] < total
         # Evaluation is collective: a rank that is left without a sample repeats one, which does not count.
         indices = [place * source.num_samples // total for place in (places if is_counted else [first])]
-        batch = to_tensors(source.batch(indices) | {"sample_ids": np.array(indices, dtype=np.int64)})
+        arrays: dict[str, np.ndarray] = {}
+        failure: ValueError | OSError | None = None
+        try:
+            arrays = source.batch(indices)
+        except (ValueError, OSError) as error:
+            failure = error
+        # A rank that left alone would leave the others waiting for it.
+        if all_reduce_floats([float(failure is not None)])[0]:
+            raise_common_data_failure(failure)
+        batch = to_tensors(arrays | {"sample_ids": np.array(indices, dtype=np.int64)})
         loss = engine.eval_step(to_device(batch, engine.device), objective)
         if is_counted and engine.is_data_leader:
             loss_sum += loss

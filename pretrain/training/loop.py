@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import psutil
@@ -55,6 +55,16 @@ class StepStream(Protocol):
     def __iter__(self) -> Iterator[list[HostBatch]]: ...
 
     def close(self) -> None: ...
+
+
+def raise_common_data_failure(own: ValueError | OSError | None) -> NoReturn:
+    """Raise the first rank's data failure on every rank: all end alike, and can still save together.
+
+    Collective; ``own`` is this rank's failure, and some rank has one.
+    """
+    told = None if own is None else (isinstance(own, OSError), str(own))
+    is_fetch, text = next(told for told in gather_objects(told) if told is not None)
+    raise (DataUnavailableError if is_fetch else DataFailureError)(text) from own
 
 
 class KeyedLoss:
@@ -166,13 +176,6 @@ class Trainer:
             self._data_failure = error
             return []
 
-    def _raise_common_data_failure(self) -> None:
-        """The first rank's data failure, on every rank: all end alike, and can still save together."""
-        own = self._data_failure
-        told = None if own is None else (isinstance(own, OSError), str(own))
-        is_fetch, text = next(told for told in gather_objects(told) if told is not None)
-        raise (DataUnavailableError if is_fetch else DataFailureError)(text) from own
-
     def _step(self, steps: Iterator[list[HostBatch]]) -> StepRecord | None:
         """One optimizer step; None when any rank was asked to stop before it."""
         started = time.perf_counter()
@@ -186,7 +189,7 @@ class Trainer:
         asked = [float(self._stop.requested), float(self._data_failure is not None)]
         denominator, substituted, stops, failures, *done = all_reduce_floats([*counted, *asked, *done])
         if failures:
-            self._raise_common_data_failure()
+            raise_common_data_failure(self._data_failure)
         if stops:
             return None
         self._background_done = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,25 @@ def test_prepare_inspect_verify(corpus: Path, tmp_path: Path, capsys: pytest.Cap
     assert "all sound" in capsys.readouterr().out
     os.truncate(out / "train-000000.tar", 100)
     assert call("verify", out) == 2
-    assert "train-000000.tar" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "train-000000.tar" in printed.out
+    assert re.search(r"^\d+ shards checked: 1 fault$", printed.out, re.MULTILINE)
+
+
+def test_one_thing_is_not_told_as_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "set", {"a.tar": [("0.jpg", b"x"), ("0.txt", b"x")]})
+    assert call("index", folder, "--workers", 1) == 0
+    assert call("verify", folder) == 0
+    assert "1 shard checked: all sound" in capsys.readouterr().out
+    os.truncate(folder / "a.tar", 100)
+    assert call("verify", folder) == 2
+    assert "1 shard checked: 1 fault\n" in capsys.readouterr().out
+    assert call("index", folder, "--workers", 1, "--force") == 2
+    assert "error: 1 fault; nothing was written" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a").touch()
+    assert call("prepare", "text", tmp_path / "empty", tmp_path / "out") == 2
+    assert "none of the documents in 1 file of" in capsys.readouterr().err
 
 
 def test_user_errors_exit_2(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

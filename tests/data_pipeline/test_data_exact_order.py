@@ -16,11 +16,13 @@ from synthetic_text import append_documents, write_dataset
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data_pipeline.config import AppendedConfig, MixedTextConfig, PhaseConfig, TextDataConfig
+from data_pipeline.config import AppendedConfig, MixedAppendedConfig, MixedTextConfig, PhaseConfig, TextDataConfig
 from data_pipeline.errors import DamagedDataError
 from data_pipeline.loader import StepLoader, check_loader_state, loader_state
 from data_pipeline.source import SampleSource
 from data_pipeline.store.manifest import TOKENS_EXTENSION, Manifest
+from data_pipeline.store.reader import BlockReader
+from data_pipeline.text_source import TextSource
 from data_pipeline.torch_dataset import MicroBatchDataset
 
 SEED = 11
@@ -225,6 +227,31 @@ def test_stateful_data_loader_goes_on_where_it_was(folders: dict[str, Path]) -> 
     np.testing.assert_array_equal(np.concatenate(read), whole("mixed", config)[0][:32])
 
 
+def test_state_of_another_loader_layout_is_refused(folders: dict[str, Path]) -> None:
+    config = configurations(folders)["best_fit"]
+
+    def dataset(**layout: int) -> MicroBatchDataset:
+        return MicroBatchDataset(lambda: open_train(config), **layout)
+
+    begun = dataset(global_batch=8, micro_batch=2, start_sample=16)
+    fresh = dataset(global_batch=8, micro_batch=2)
+    fresh.load_state_dict(begun.state_dict())  # before its first item
+    np.testing.assert_array_equal(next(iter(fresh))["sample_ids"], [16, 17])
+    for other in ({"global_batch": 16, "micro_batch": 8}, {"global_batch": 8, "micro_batch": 2, "dp_size": 2}):
+        with pytest.raises(ValueError, match="keep the layout"):
+            dataset(**other).load_state_dict(begun.state_dict())
+
+
+def test_memory_of_a_batch_that_is_held_is_not_used_again(folders: dict[str, Path]) -> None:
+    source = open_train(configurations(folders)["best_fit"])
+    held = [source.lean(range(first, first + 4))["tokens"][1:] for first in range(0, 200, 4)]
+    copies = [array.copy() for array in held]
+    for first in range(0, 400, 4):
+        source.lean(range(first, first + 4))
+    for array, copy in zip(held, copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
 def test_state_is_small_and_equal_on_all_ranks(folders: dict[str, Path]) -> None:
     import json
 
@@ -299,6 +326,60 @@ def test_damage_stops_by_default_and_names_shard_member_byte_and_remedy(folders:
         assert "What to do" in message
 
 
+@pytest.mark.parametrize("extension", ["tok.npy", "off.npy"])
+def test_rows_beside_a_lost_one_keep_their_provenance(tmp_path: Path, extension: str) -> None:
+    """Segments of several blocks, one of them damaged: what each row says of itself is what is stored there."""
+    folder = write_dataset(tmp_path / "data", 400, 3, num_lanes=1, block_tokens=100)
+    config = TextDataConfig(path=str(folder), sequence_length=S, num_lanes=1, on_damage="substitute")
+    config.build(SEED)
+    blocks = Manifest.load(folder).blocks("train")
+    reader = BlockReader(Manifest.load(folder), blocks)
+    stored = {f"{block.key}.{TOKENS_EXTENSION}": reader.read(number) for number, block in enumerate(blocks)}
+    flip(folder, blocks[7], extension)
+    source = open_train(config)
+    assert isinstance(source, TextSource)
+    assert len(source._plan.blocks(0)) > 2
+    batch = source.batch(range(source.rows_per_epoch))
+    lost = batch["substituted"]
+    assert lost.any()
+    assert not lost.all()
+    for index in range(source.rows_per_epoch):
+        tokens: list[int] = []
+        for piece in source.provenance(index):
+            arrays = stored[piece["member"]]
+            first = arrays.offsets[piece["document"]] + piece["first_token"]
+            tokens += arrays.tokens[first : first + piece["positions"]].tolist()
+            assert piece["substitutes"] == lost[index]
+        assert batch["tokens"][index][batch["loss_mask"][index]].tolist() == tokens
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_missing_shard_is_substituted_also_after_a_restart(
+    folders: dict[str, Path], tmp_path: Path, damage: str
+) -> None:
+    folder = Path(shutil.copytree(folders["large"], tmp_path / "data"))
+    config = replace(configurations(folders)["substitute"], path=str(folder))
+    expected = open_train(config).batch(range(200))
+    shard = folder / "train-000002.tar"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:3000])
+    first = open_train(config)
+    first.bad_data.keep(tmp_path / "quarantine", rank=0)
+    batch = first.batch(range(200))
+    lost = batch["substituted"]
+    assert 0 < lost.sum() < 100
+    np.testing.assert_array_equal(batch["tokens"][~lost], expected["tokens"][~lost])
+    shutil.copy(folders["large"] / shard.name, shard)  # healed
+    again = open_train(config)
+    again.bad_data.keep(tmp_path / "quarantine", rank=1)
+    np.testing.assert_array_equal(again.batch(range(200))["tokens"], batch["tokens"])
+    shard.unlink()
+    with pytest.raises(DamagedDataError, match=r"train-000002\.tar"):  # the other policy tells at once
+        replace(config, on_damage="stop").build(SEED)
+
+
 def test_quarantine_outlives_the_attempt(folders: dict[str, Path], tmp_path: Path) -> None:
     """A shard that heals half-way does not change the order of a run: its rows stay substituted."""
     folder = Path(shutil.copytree(folders["damaged"], tmp_path / "data"))
@@ -364,8 +445,38 @@ def test_appended_shards_take_effect_at_their_sample(folders: dict[str, Path], t
 
     with pytest.raises(ValueError, match="taken effect"):  # in the past of a run
         check_loader_state(open_train(replace(grown, appended=(AppendedConfig(from_sample=40, edition=new),))), state)
-    unknown = replace(config, appended=(AppendedConfig(from_sample=96, edition="0" * 32),))
-    assert [field for field, *_ in unknown.violations()] == ["appended[0].edition"]
+    for wrong in ("0" * 32, str(config.edition)):  # unknown, and what the order begins with
+        faulty = replace(config, appended=(AppendedConfig(from_sample=96, edition=wrong),))
+        assert [field for field, *_ in faulty.violations()] == ["appended[0].edition"]
+    newer = append_documents(folder, 50, seed=78)
+    backwards = tuple(AppendedConfig(from_sample=at, edition=edition) for at, edition in ((96, newer), (200, new)))
+    assert [field for field, *_ in replace(config, appended=backwards).violations()] == ["appended[1].edition"]
+    # A spare row never comes from what is appended later.
+    patient = replace(grown, path=str(folder), on_damage="substitute")
+    assert max(patient.build(SEED).train._opener._spare_segments) < len(open_train(config)._plan.rows)
+
+
+def test_appended_shards_of_a_source_join_its_mixture(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["large"], tmp_path / "data"))
+    sources = {"large": str(folder), "small": str(folders["small"])}
+    config = MixedTextConfig(sources=sources, weights={"large": 2.0, "small": 1.0}, sequence_length=S).frozen()
+    expected = open_train(config).batch(range(240))["tokens"]
+    state = loader_state(open_train(config), 120)
+    new = append_documents(folder, 150, seed=77)
+    np.testing.assert_array_equal(open_train(config).batch(range(240))["tokens"], expected)
+    join = MixedAppendedConfig(source="large", from_sample=120, edition=new)
+    grown = replace(config, appended=(join,))
+    assert list(grown.violations()) == []
+    source = open_train(grown)
+    check_loader_state(source, state)
+    np.testing.assert_array_equal(source.batch(range(120))["tokens"], expected[:120])
+    resumed, undisturbed = (s.batch(range(120, 500))["tokens"] for s in (open_train(grown), source))
+    np.testing.assert_array_equal(resumed, undisturbed)
+    old = {shard["name"] for shard in Manifest.load(folders["large"]).split("train")["shards"]}
+    met = {p["shard"] for index in range(120, 500) for p in source.provenance(index) if p["source"] == "large"}
+    assert met - old
+    stranger = replace(config, appended=(replace(join, source="other"),))
+    assert [field for field, *_ in stranger.violations()] == ["appended"]
 
 
 def test_a_violation_for_every_fault_of_a_mixture(folders: dict[str, Path], tmp_path: Path) -> None:

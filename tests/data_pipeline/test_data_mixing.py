@@ -101,3 +101,11 @@ def test_weights_change_at_their_sample() -> None:
 )
 def test_faulty_phases_are_named(phases: list[Phase], where: str) -> None:
     assert where in [field for field, *_ in phase_violations(["a", "b"], phases)]
+
+
+def test_many_small_weights_that_find_no_slot_are_told() -> None:
+    names = [f"s{number}" for number in range(64)]
+    weights = dict.fromkeys(names, 1 / 8000) | {"s0": 1.0}
+    (violation,) = phase_violations(names, [Phase(0, weights)])
+    assert violation[0] == "phases[0].weights"
+    assert "no slot" in violation[2]

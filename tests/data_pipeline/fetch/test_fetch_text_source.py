@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from synthetic_text import write_dataset
 
 from data_pipeline.config import FetchConfig, TextDataConfig
 from data_pipeline.errors import DamagedDataError, MissingDataError
+from data_pipeline.text_build import CacheSettings
 
 S = 32
 
@@ -121,3 +124,44 @@ def test_from_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         source.close()
     finally:
         moto.stop()
+
+
+def test_the_default_folder_is_for_its_user_alone(
+    folder: Path, web: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    config = TextDataConfig(path=f"{web.url}/set", sequence_length=S)
+    cache = CacheSettings().path()
+    for _ in range(2):
+        source = config.build(3).train
+        source.batch(range(8))
+        source.close()
+        assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+        cache.chmod(0o777)  # as if it had been made carelessly
+    assert any((cache / "segments-1" / "entries").iterdir())
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_default_folder_of_another_user_is_refused(
+    web: FaultServer, tmp_path: Path, link: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    mine = os.getuid()
+    cache = tmp_path / f"pretrain-data-{mine + 1}"
+    (tmp_path / "elsewhere").mkdir()
+    if link:
+        cache.symlink_to(tmp_path / "elsewhere")
+    else:
+        cache.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    with pytest.raises(ValueError, match=rf"{cache}.* owned by user {mine}.*What to do: .*cache_folder"):
+        TextDataConfig(path=f"{web.url}/set", sequence_length=S).build(3)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_local_dataset_leaves_the_default_folder_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    TextDataConfig(path=str(folder), sequence_length=2 * S).build(3)
+    assert list(tmp_path.iterdir()) == []

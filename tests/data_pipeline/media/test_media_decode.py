@@ -235,3 +235,12 @@ def test_pickles_are_never_opened() -> None:
 def test_arrays_that_are_not_what_they_should_be(payload: bytes, message: str) -> None:
     with pytest.raises(DecodeError, match=message):
         parse_array(payload, ("<f4", "<f2"), (3,))
+
+
+def test_the_transparent_grey_of_a_16_bit_png_is_white() -> None:
+    deep = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
+    clear = int(deep[20, 30])  # other greys share its upper byte, and stay
+    expected = np.where(deep == clear, 255, deep >> 8)
+    for channel in range(3):
+        pixels = decode_image(encoded(deep, "PNG", transparency=clear), LIMITS)
+        np.testing.assert_array_equal(pixels[:, :, channel], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -514,6 +515,16 @@ def test_configs_report_all_violations(image_set: Path, document_set: Path, tmp_
 def test_limits_hold_when_reading_too(image_set: Path) -> None:
     with pytest.raises(DamagedDataError, match=r"more than the 200 allowed.*raise max_pixels"):
         ImageDataConfig(path=str(image_set), size=8, max_pixels=200).build(seed=0).train.batch([0])
+
+
+def test_limits_may_be_raised_in_a_continued_run_for_they_decide_no_order(kind: str, folder: Path) -> None:
+    config = config_of(kind, folder)
+    extendable = {f.name for f in dataclasses.fields(config) if f.metadata.get("extendable")}
+    assert {"max_pixels", "max_bytes"} <= extendable
+    raised = dataclasses.replace(config, max_pixels=1 << 40, max_bytes=1 << 40)
+    first, second = (c.build(seed=5).train for c in (config, raised))
+    assert first.fingerprint == second.fingerprint
+    assert_equal(rows_of(first.batch(range(12)), 12), rows_of(second.batch(range(12)), 12))
 
 
 def test_verify_finds_the_sets_sound_and_names_damage(kind: str, folder: Path, tmp_path: Path) -> None:

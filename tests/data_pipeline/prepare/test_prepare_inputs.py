@@ -337,3 +337,44 @@ def test_web_urls_with_workers_and_a_server_that_fails(
     report = prepare(sources, tmp_path / "out", options=options, piece_bytes=500, workers=2)
     assert report.counts.documents < len(TEXTS) + 10
     assert texts_of(report) == sorted([*TEXTS, *TEXTS[0::4]])
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 4, 300, None])
+def test_one_byte_order_mark_at_the_start_of_a_file_is_no_text(
+    tmp_path: Path, packed: bool, piece_bytes: int | None
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pack = gzip.compress if packed else bytes
+    files = {
+        "a.jsonl": BOM + jsonl_bytes() + BOM + b'{"text": "second"}\n',
+        "b.jsonl": BOM + BOM + b'{"text": "two marks"}\n',
+        "c.txt": BOM + b"plain",
+        "d.txt": BOM + BOM + b"two",
+        "e.txt": BOM,
+        "f.jsonl": BOM + b"\n",
+        "g.txt": BOM + b"caf\xe9",
+    }
+    for name, data in files.items():
+        (folder / (name + ".gz" * packed)).write_bytes(pack(data))
+    report = prepare(folder, tmp_path / "out", piece_bytes=piece_bytes)
+    assert texts_of(report) == sorted([*TEXTS, "plain", "\ufefftwo"])
+    assert report.manifest.origin["dropped"] == {"blank line": 1, "empty": 1, "not JSON": 2, "not UTF-8": 1}
+    (bad,) = [item["why"] for item in report.manifest.origin["skipped"] if item["why"].startswith("not UTF-8")]
+    assert bad.startswith("not UTF-8: byte 6 ")
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+def test_a_byte_order_mark_moves_no_place(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.jsonl"
+    data = BOM + b'{"text": "a"}\n{"text": "b"}\n'
+    path.write_bytes(data)
+    parts = [Part(0, start, min(start + size, len(data))) for start in range(0, len(data), size)]
+    corpus = text_corpus([path])
+    records = [r for part in parts for r in read_part(corpus, part, "text", lambda n: None)]
+    assert [(r.place, r.raw, r.span) for r in records if isinstance(r, Record)] == [(0, b"a", 17), (17, b"b", 14)]
+    assert len(records) == 2

@@ -15,6 +15,7 @@ from text_corpus import SMALL, write_corpus
 import data_pipeline.prepare.corpus as corpus_module
 from data_pipeline.baselines import document_texts
 from data_pipeline.errors import DatasetExistsError
+from data_pipeline.prepare import keys
 from data_pipeline.prepare.corpus import stdlib_corpus, text_corpus
 from data_pipeline.prepare.metering import Status
 from data_pipeline.prepare.text import choose_block_tokens, choose_num_lanes, prepare_text
@@ -128,11 +129,11 @@ def test_given_tokenizer_is_used_and_copied(dataset: Path, corpus: Path, tmp_pat
     ("make", "message"),
     [
         (lambda source: None, "does not exist"),
-        (lambda source: source.write_bytes(b""), "none of the documents in 1 files"),
+        (lambda source: source.write_bytes(b""), "none of the documents in 1 file of"),
         (lambda source: source.mkdir(), "no file that matches"),
         (
             lambda source: (source.mkdir(), (source / "a").touch()),
-            "none of the documents in 1 files.*the first, a, is empty",
+            "none of the documents in 1 file of.*the first, a, is empty",
         ),
     ],
 )
@@ -269,3 +270,47 @@ def test_block_size_follows_the_size_of_the_set(tokens: int, block: int) -> None
 @pytest.mark.parametrize(("blocks", "lanes"), [(1, 1), (7, 1), (84, 16), (10**6, 1024)])
 def test_lanes_follow_the_number_of_blocks(blocks: int, lanes: int) -> None:
     assert choose_num_lanes(blocks) == lanes
+
+
+def test_a_link_to_itself_is_dropped_like_any_unreadable_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_corpus(source, num_documents=6)
+    (source / "loop.txt").symlink_to("loop.txt")
+    report = prepare_text(source, tmp_path / "out", options=SMALL, workers=1)
+    (skipped,) = report.manifest.origin["skipped"]
+    assert skipped["path"] == "loop.txt"
+    assert skipped["why"].startswith("unreadable: Too many levels of symbolic links")
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1])
+def test_a_document_beyond_twice_the_share_is_never_held_out(tmp_path: Path, fraction: float) -> None:
+    """The large document has the smallest key, so that it would be the first to be held out."""
+    texts = [f"document {number} " * 20 for number in range(100)]
+    large = "enormous " * 9000
+    raws = [text.encode() for text in [large, *texts]]
+
+    def first(seed: int) -> int:
+        return int(np.argmin(keys.content_keys(keys.content_digests(raws), seed, "split")))
+
+    seed = next(seed for seed in range(10_000) if first(seed) == 0)
+    source = tmp_path / "source"
+    source.mkdir()
+    for number, text in enumerate([large, *texts]):
+        (source / f"{number:03d}.txt").write_text(text)
+    options = dataclasses.replace(SMALL, validation_fraction=fraction, seed=seed)
+    manifest = prepare_text(source, tmp_path / "out", options=options, workers=1).manifest
+    held, total = manifest.split("validation")["bytes"], sum(map(len, raws))
+    assert fraction * total <= held < fraction * total + max(map(len, raws[1:]))
+    assert large.encode() in list(document_texts(manifest, "train"))
+    assert "Ġenormous" in json.loads(manifest.tokenizer_path.read_text())["model"]["vocab"]
+
+
+def test_nothing_is_held_out_where_every_document_is_beyond_twice_the_share(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(5):
+        (source / f"{number}.txt").write_text(f"document {number}")
+    options = dataclasses.replace(SMALL, validation_fraction=0.05)
+    manifest = prepare_text(source, tmp_path / "out", options=options, workers=1).manifest
+    assert manifest.splits == ("train",)
+    assert manifest.split("train")["documents"] == 5
