@@ -172,7 +172,7 @@ class TextDataConfig(_TextFields):
     take effect.
     """
 
-    path_fields: ClassVar[tuple[str, ...]] = ("path",)
+    path_fields: ClassVar[tuple[str, ...]] = ("path", "fetch.cache_folder")
 
     path: str = field(metadata=_EXTENDABLE)
     edition: str | None = None
@@ -271,8 +271,12 @@ class TextDataConfig(_TextFields):
             bad_data=bad_data,
             cache=self.fetch.cache(),
         )
-        train.timeline = [[item.from_sample, item.edition] for item in self.appended]
+        train.timeline = self.timeline()
         return DataSources(train=train, validation=validation, tokenizer_path=_tokenizer_path(manifest, self.fetch))
+
+    def timeline(self) -> list[list[Any]]:
+        """What changes the order, as [from_sample, what]."""
+        return [[item.from_sample, item.edition] for item in self.appended]
 
     def baselines(self) -> dict[str, float]:
         """What simple models make of the held-out text, in bits per byte; empty without a validation split."""
@@ -311,7 +315,7 @@ class MixedTextConfig(_TextFields):
     largest number that a dataset recommends; smaller datasets share lanes.
     """
 
-    path_fields: ClassVar[tuple[str, ...]] = ("sources",)
+    path_fields: ClassVar[tuple[str, ...]] = ("sources", "fetch.cache_folder")
 
     sources: dict[str, str] = field(metadata=_EXTENDABLE)
     weights: dict[str, float] | None = None
@@ -434,15 +438,19 @@ class MixedTextConfig(_TextFields):
         ]
         order = {name: [source.fingerprint, source.num_lanes] for name, source in zip(names, trains, strict=True)}
         train = MixedSource(mixture, names, trains, digest_of([order, names, lanes, MIXING]), bad_data)
-        events = [[phase.from_sample, dict(sorted(phase.weights.items()))] for phase in self._phases()]
-        events += [[item.from_sample, {"source": item.source, "edition": item.edition}] for item in self.appended]
-        train.timeline = sorted(events, key=lambda event: int(str(event[0])))
+        train.timeline = self.timeline()
         chained = ChainedSource(held_out, validations, digest_of([v.fingerprint for v in validations]))
         return DataSources(
             train=train,
             validation=chained if validations else None,
             tokenizer_path=_tokenizer_path(manifests[names[0]], self.fetch),
         )
+
+    def timeline(self) -> list[list[Any]]:
+        """What changes the order, as [from_sample, what], in the order of samples."""
+        events: list[list[Any]] = [[phase.from_sample, dict(sorted(phase.weights.items()))] for phase in self._phases()]
+        events += [[item.from_sample, {"source": item.source, "edition": item.edition}] for item in self.appended]
+        return sorted(events, key=lambda event: int(event[0]))
 
     def _appended_violations(self, manifests: dict[str, Manifest]) -> Iterator[Violation]:
         for name in {item.source for item in self.appended} - set(self.sources):

@@ -39,7 +39,7 @@ def loader_state(source: SampleSource, samples: int) -> dict[str, Any]:
         "version": STATE_VERSION,
         "samples": samples,
         "fingerprint": source.fingerprint,
-        "timeline": _past(source, samples),
+        "timeline": _past(getattr(source, "timeline", []), samples),
     }
 
 
@@ -57,17 +57,22 @@ def check_loader_state(source: SampleSource, state: dict[str, Any]) -> int:
             f"{source.fingerprint}: samples would be lost or repeated. What to do: restore data set, sequence length, "
             "packing, number of lanes and seed, or start a new run."
         )
-    if state["timeline"] != _past(source, samples):
+    check_timeline(getattr(source, "timeline", []), state)
+    return samples
+
+
+def check_timeline(timeline: list[list[Any]], state: dict[str, Any]) -> None:
+    """Raises ValueError when ``timeline`` changes what had taken effect by the time of ``state``."""
+    samples = int(state["samples"])
+    if state["timeline"] != _past(timeline, samples):
         raise ValueError(
             f"what had taken effect within the first {samples} samples (appended shards or phases of weights) is not "
             f"what the configuration says now. What to do: leave entries below from_sample {samples} as they were; "
             "later ones may be added or changed."
         )
-    return samples
 
 
-def _past(source: SampleSource, samples: int) -> str:
-    timeline = getattr(source, "timeline", [])
+def _past(timeline: list[list[Any]], samples: int) -> str:
     return digest_of([entry for entry in timeline if entry[0] < samples])
 
 

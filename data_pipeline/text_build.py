@@ -31,17 +31,27 @@ REMOTE_THREADS = 16
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """The node-local cache of a remote dataset: ``folder`` (None: one below the temporary folder) and its size."""
+    """The node-local cache of a remote dataset: ``folder`` (None: a private one below the temporary folder) and its
+    size."""
 
     folder: str | None = None
     max_bytes: int = 64 << 30
 
     def path(self) -> Path:
-        """The folder, which all processes of a user on a node share."""
+        """The folder, which all processes of a user on a node share; the default one is made (mode 0700). Raises
+        ValueError when it is another user's."""
         if self.folder is not None:
             return Path(self.folder)
+        from data_pipeline.fetch.folder import make_private
+
         root = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-        return Path(root) / f"pretrain-data-{os.getuid()}"
+        return make_private(Path(root) / f"pretrain-data-{os.getuid()}")
+
+    def plan_folder(self, manifest: Manifest) -> Path | None:
+        """Where plans of the dataset go when they cannot lie in it; None when they can."""
+        if manifest.is_local and os.access(manifest.folder, os.W_OK):
+            return None
+        return self.path()
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,9 @@ def train_source(
         assert stop >= first, "editions are in the order in which they came"
         if stop > first:
             starts = segment_starts(first, stop, size)
-            plans.append(make_plan(edition, reader, split, sequence_length, packing, starts, cache.path()))
+            plans.append(
+                make_plan(edition, reader, split, sequence_length, packing, starts, cache.plan_folder(edition))
+            )
         sizes.append(sum(len(plan.rows) for plan in plans))
         first = stop
     plan = join_plans(plans)
@@ -144,7 +156,7 @@ def sequential_source(
     reader, segment_cache = _reader(manifest, blocks, cache)
     size = blocks_per_segment(4 * len(blocks), manifest.content["block_tokens"], sequence_length, 1)
     starts = segment_starts(0, len(blocks), size)
-    plan = make_plan(manifest, reader, split, sequence_length, packing, starts, cache.path())
+    plan = make_plan(manifest, reader, split, sequence_length, packing, starts, cache.plan_folder(manifest))
     return TextSource(
         order=SequentialOrder(plan.rows),
         plan=plan,

@@ -1,4 +1,4 @@
-"""One contender in its own process, told over stdin when to run. Started by ``run.py``; see ``session.py``.
+"""One contender in its own process, told over stdin when to run. Started by ``run.py``; see ``contender_process.py``.
 
     python measure.py convert MODULE VARIANT DATASET OUT
     python measure.py serve   MODULE VARIANT DATASET OUT WORKERS

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import corpus
 import pictures
+from contender_process import ContenderProcess
 from environments import python_of
 from registry import Contender
-from session import Session
 
 _SMALLEST_CORPUS_MB = 300
 TIMEOUT = 300.0
@@ -82,14 +82,14 @@ class Setting:
         """The folder for a contender's own form of the data set."""
         return self.work / "converted" / f"{contender.module}-{contender.variant}-{self.corpus_mb}"
 
-    def open(self, contender: Contender, verb: str, workers: int = 0, dataset: Path | None = None) -> Session:
+    def open(self, contender: Contender, verb: str, workers: int = 0, dataset: Path | None = None) -> ContenderProcess:
         """A process of ``contender``: ``convert`` or ``serve``; of ``dataset``, else of the text."""
         dataset = dataset or self.dataset()
         arguments = [verb, contender.module, contender.variant, str(dataset), str(self.converted(contender))]
         if verb == "serve":
             arguments.append(str(workers))
         log = self.log(f"{verb}-{contender.module}-{contender.variant}-{workers}".replace(":", "-"))
-        return Session(python_of(self.work, contender.environment), arguments, log, TIMEOUT)
+        return ContenderProcess(python_of(self.work, contender.environment), arguments, log, TIMEOUT)
 
 
 def prepare_command(source: Path, out: Path, tokenizer: Path, workers: int) -> list[str]:

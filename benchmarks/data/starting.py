@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import registry
+from contender_process import ContenderProcess
 from results_file import quartiles
-from session import Session
 from setting import Setting
 from turns import convert_all
 
@@ -36,8 +36,8 @@ def run_starting(setting: Setting, only: set[str] | None = None) -> dict[str, An
             if contender.name in failures:
                 continue
             try:
-                with setting.open(contender, "serve") as session:
-                    first.setdefault(contender.name, []).append(session.opened)
+                with setting.open(contender, "serve") as process:
+                    first.setdefault(contender.name, []).append(process.opened)
             except Exception as error:
                 failures[contender.name] = str(error)
                 print(f"  {contender.name} FAILED: {error}", file=sys.stderr)
@@ -99,10 +99,10 @@ def run_memory(setting: Setting, only: set[str] | None = None) -> dict[str, Any]
         dataset = whole if share == 1.0 else _part(whole, share)
         contender = registry.Contender("ours", "ours", f"lean:lanes={count}", "")
         arguments = ["serve", contender.module, contender.variant, str(dataset), "-", "0"]
-        with Session(Path(sys.executable), arguments, setting.log("memory"), 120.0) as session:
-            answer = session.turn(3 * setting.seconds)
+        with ContenderProcess(Path(sys.executable), arguments, setting.log("memory"), 120.0) as process:
+            answer = process.turn(3 * setting.seconds)
             table[name] = {
-                "loader_mb": answer["resident_mb"] - session.opened["baseline_mb"],
+                "loader_mb": answer["resident_mb"] - process.opened["baseline_mb"],
                 "shards_mb": sum(path.stat().st_size for path in dataset.glob("*.tar")) / 1e6,
                 "lanes": count,
                 "epochs": answer["positions"] / (sum(p.stat().st_size for p in dataset.glob("*.tar")) / 2),

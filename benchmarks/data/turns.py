@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from contender_process import ContenderProcess
 from registry import Contender
 from results_file import quartiles
-from session import Session
 from setting import Setting
 
 
@@ -23,9 +23,9 @@ def convert_all(setting: Setting, chosen: list[Contender], failures: dict[str, s
         done = setting.converted(contender).with_suffix(".json")
         try:
             if not done.exists():
-                with setting.open(contender, "convert", dataset=dataset) as session:
+                with setting.open(contender, "convert", dataset=dataset) as process:
                     done.parent.mkdir(parents=True, exist_ok=True)
-                    done.write_text(json.dumps(session.opened))
+                    done.write_text(json.dumps(process.opened))
             seconds[contender.name] = json.loads(done.read_text())["seconds"]
         except Exception as error:
             _failed(failures, contender.name, f"while converting: {error}")
@@ -47,25 +47,25 @@ def take_turns(
     frugal: dict[str, list[float]] = {}
     opened: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        sessions: list[tuple[str, Session]] = []
+        processes: list[tuple[str, ContenderProcess]] = []
         for contender in entries:
             try:
-                session = stack.enter_context(setting.open(contender, "serve", workers, dataset))
-                session.turn(setting.seconds / 2)  # warm-up
+                process = stack.enter_context(setting.open(contender, "serve", workers, dataset))
+                process.turn(setting.seconds / 2)  # warm-up
             except Exception as error:
                 _failed(failures, f"{contender.name}, {workers} workers", str(error))
                 continue
-            opened[contender.name] = session.opened
-            sessions.append((contender.name, session))
+            opened[contender.name] = process.opened
+            processes.append((contender.name, process))
         for _ in range(setting.rounds):
             for name, measure in baselines.items():
                 rates.setdefault(name, []).append(measure(dataset, setting.seconds))
-            for name, session in list(sessions):
+            for name, process in list(processes):
                 try:
-                    answer = session.turn(setting.seconds)
+                    answer = process.turn(setting.seconds)
                 except Exception as error:
                     _failed(failures, f"{name}, {workers} workers", str(error))
-                    sessions.remove((name, session))
+                    processes.remove((name, process))
                     continue
                 rates.setdefault(name, []).append(rate(answer))
                 frugal.setdefault(name, []).append(rate(answer) * answer["seconds"] / max(answer["cpu_s"], 1e-3))

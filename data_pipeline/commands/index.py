@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.commands.progress import show_progress
     from data_pipeline.commands.summary import print_summary
     from data_pipeline.store.indexing import IndexFaultsError, IndexOptions, index_folder
+    from data_pipeline.wording import counted
 
     options = IndexOptions(
         kind=args.kind,
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     except IndexFaultsError as error:
         for fault in error.faults:
             print(fault)
-        print(f"error: {len(error.faults)} faults; nothing was written", file=sys.stderr)
+        print(f"error: {counted(len(error.faults), 'fault')}; nothing was written", file=sys.stderr)
         return _EXIT_INVALID
     manifest = report.manifest
     if report.reused:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.wording import counted
+
 if TYPE_CHECKING:
     from data_pipeline.store.manifest import Manifest
 
@@ -30,9 +32,9 @@ def print_summary(manifest: Manifest, skipped_shown: int = SKIPPED_SHOWN) -> Non
 
 def _dropped(origin: dict[str, Any]) -> str:
     if "dropped" not in origin:
-        return f"{len(origin.get('skipped', [])):,} files skipped"
+        return f"{counted(len(origin.get('skipped', [])), 'file')} skipped"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(origin["dropped"].items()))
-    return f"{sum(origin['dropped'].values()):,} documents dropped" + (f" ({reasons})" if reasons else "")
+    return f"{counted(sum(origin['dropped'].values()), 'document')} dropped" + (f" ({reasons})" if reasons else "")
 
 
 def _counts(split: dict[str, int]) -> str:

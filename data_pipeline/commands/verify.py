@@ -18,12 +18,13 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.commands.progress import show_progress
     from data_pipeline.store.manifest import Manifest
     from data_pipeline.store.verify import find_damage
+    from data_pipeline.wording import counted
 
     manifest = Manifest.load(args.path)
     with show_progress() as progress:
         faults = find_damage(manifest, workers=args.workers, progress=progress)
     for fault in faults:
         print(fault)
-    shards = len(manifest.shard_table())
-    print(f"{shards} shards checked: {len(faults)} faults" if faults else f"{shards} shards checked: all sound")
+    checked = f"{counted(len(manifest.shard_table()), 'shard')} checked"
+    print(f"{checked}: {counted(len(faults), 'fault') if faults else 'all sound'}")
     return _EXIT_DAMAGED if faults else 0

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,29 @@ class CorruptEntryError(Exception):
 
 class CacheFullError(Exception):
     """The disk has no room and there is nothing left to evict."""
+
+
+def make_private(folder: Path) -> Path:
+    """``folder``, made for this user alone (mode 0700): its name is known to all and its place open to all.
+
+    One that cannot be made is left to who uses it. Raises ValueError for one that another user owns: what lies in it
+    would be taken for data.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        # Of a link both count: another user could have it lead to a folder of this one.
+        for status in (os.lstat(folder), os.stat(folder)):
+            if status.st_uid != os.getuid():
+                raise ValueError(
+                    f"cache folder {folder} is owned by user {status.st_uid}, but this is user {os.getuid()}. What to "
+                    "do: set fetch.cache_folder to a folder of your own on a local disk, or have that one removed."
+                )
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            os.chmod(folder, 0o700)
+    except OSError:
+        pass
+    return folder
 
 
 class CacheFolder:

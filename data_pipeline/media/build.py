@@ -64,7 +64,7 @@ def media_source(
             threads=REMOTE_THREADS,
         )
         reader, prefetch = SampleReader(manifest, split, cache.read, cache.close), cache.prefetch
-    plan = make_sample_plan(reader, split, size, count_rows or _one_each, plan_key, settings.path())
+    plan = make_sample_plan(reader, split, size, count_rows or _one_each, plan_key, settings.plan_folder(manifest))
     order: LaneOrder | SequentialOrder
     if split == "train":
         lanes = max(1, min(int(manifest.content["num_lanes"]), len(plan))) if num_lanes is None else num_lanes

@@ -26,11 +26,12 @@ class _MediaFields:
 
     ``path`` is a folder or URL made by ``pretrain data prepare`` (or ``index``). ``num_lanes`` and ``segment_bytes``
     None take what the dataset recommends. ``workers`` threads decode (None: the usable cores, at most eight; 0: the
-    calling thread); their number changes no batch. ``on_damage``: ``stop``, or ``substitute`` samples that cannot be
+    calling thread); their number changes no batch. What is larger than ``max_pixels`` or ``max_bytes`` counts as
+    damaged; the limits do not change the order. ``on_damage``: ``stop``, or ``substitute`` samples that cannot be
     read by others, up to ``damage_budget`` of them in the run.
     """
 
-    path_fields: ClassVar[tuple[str, ...]] = ("path",)
+    path_fields: ClassVar[tuple[str, ...]] = ("path", "fetch.cache_folder")
     kinds: ClassVar[tuple[str, ...]] = ()
 
     path: str = field(metadata=_EXTENDABLE)
@@ -38,8 +39,8 @@ class _MediaFields:
     num_lanes: int | None = None
     segment_bytes: int | None = None
     workers: int | None = field(default=None, metadata=_EXTENDABLE)
-    max_pixels: int = 1 << 26
-    max_bytes: int = 1 << 26
+    max_pixels: int = field(default=1 << 26, metadata=_EXTENDABLE)
+    max_bytes: int = field(default=1 << 26, metadata=_EXTENDABLE)
     on_damage: Literal["stop", "substitute"] = field(default="stop", metadata=_EXTENDABLE)
     damage_budget: int = field(default=1000, metadata=_EXTENDABLE)
     fetch: FetchConfig = field(default_factory=FetchConfig, metadata=_EXTENDABLE)

@@ -303,7 +303,11 @@ def _decode_with_pil(payload: bytes | memoryview, header: ImageHeader) -> np.nda
         with _open(payload, header.extension) as image:
             image.load()
             if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                deep, clear = np.asarray(image), image.info.get("transparency")
+                grey = (deep >> 8).astype(np.uint8)
+                if isinstance(clear, int):  # the one grey that is transparent, compared before it loses a byte
+                    grey[deep == clear] = 255
+                image = Image.fromarray(grey)
             if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -165,7 +165,8 @@ def _list_local(source: str, pattern: str, exclude: Path | None) -> list[remote.
     excluded = exclude.resolve() if exclude is not None else None
 
     def wanted(candidate: Path) -> bool:
-        return excluded is None or not candidate.resolve().is_relative_to(excluded)
+        # Path.resolve raises RuntimeError for links in a circle; such a file is kept, to be reported as unreadable.
+        return excluded is None or not Path(os.path.realpath(candidate)).is_relative_to(excluded)
 
     if path.is_dir():
         return _list_folder(path, pattern, wanted)

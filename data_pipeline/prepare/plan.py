@@ -13,6 +13,7 @@ from data_pipeline.prepare.encoding import Backend, choose_backend, make_backend
 from data_pipeline.prepare.options import choose_block_tokens
 from data_pipeline.prepare.request import Request
 from data_pipeline.prepare.sample import sample_documents
+from data_pipeline.prepare.survey import HeldOut
 from data_pipeline.prepare.tokenizer import TokenizerFile
 from data_pipeline.store.manifest import digest_of
 
@@ -21,10 +22,10 @@ PLAN_NAME = "plan.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Documents with a split key below ``threshold`` are held out. ``buckets`` of each split are its shards;
+    """``held_out`` says which documents are not trained on. ``buckets`` of each split are its shards;
     ``first_shard`` numbers the first one. ``estimated_tokens`` of all documents."""
 
-    threshold: int
+    held_out: HeldOut
     tokenizer: TokenizerFile
     backend: str
     backend_why: str
@@ -54,7 +55,7 @@ class Plan:
     @cached_property
     def spill_digest(self) -> str:
         """Tells whether spills made by one plan serve another."""
-        return digest_of([str(self.threshold), self.tokenizer.text, self.backend, self.buckets])
+        return digest_of([_as_tree(self.held_out), self.tokenizer.text, self.backend, self.buckets])
 
     def locate(self, bucket: int) -> tuple[str, int]:
         """(split, number of the shard) of ``bucket``."""
@@ -65,18 +66,22 @@ class Plan:
         raise AssertionError(bucket)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "threshold": str(self.threshold)}  # above 2^53, which not every reader keeps
+        return {**asdict(self), "held_out": _as_tree(self.held_out)}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Plan:
-        known = {**tree, "threshold": int(tree["threshold"]), "tokenizer": TokenizerFile(**tree["tokenizer"])}
-        return cls(**known)
+        held = HeldOut(int(tree["held_out"]["threshold"]), tree["held_out"]["largest"])
+        return cls(**{**tree, "held_out": held, "tokenizer": TokenizerFile(**tree["tokenizer"])})
+
+
+def _as_tree(held_out: HeldOut) -> dict[str, Any]:
+    return {**asdict(held_out), "threshold": str(held_out.threshold)}  # above 2^53, which not every reader keeps
 
 
 def make_plan(
     request: Request,
     tokenizer: TokenizerFile,
-    threshold: int,
+    held_out: HeldOut,
     text_bytes: int | None,
     existing: dict[str, Any] | None = None,
 ) -> Plan:
@@ -100,7 +105,7 @@ def make_plan(
             (int(s["name"].split("-")[1].split(".")[0]) for s in existing["splits"]["train"]["shards"]), default=-1
         )
         first["train"] = last + 1
-    return Plan(threshold, tokenizer, backend, why, block_tokens, buckets, first, tokens)
+    return Plan(held_out, tokenizer, backend, why, block_tokens, buckets, first, tokens)
 
 
 def _estimate_tokens(backend: Backend, documents: Sequence[bytes], text_bytes: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from data_pipeline.prepare.corpus import Corpus, InputFile
@@ -58,7 +59,8 @@ Records = Generator[Record | Dropped, None, None]
 
 
 def read_part(corpus: Corpus, part: Part, field: str, advance: Advance) -> Records:
-    """The documents of ``part`` in order; ``field`` holds the text of a JSONL or Parquet record.
+    """The documents of ``part`` in order; ``field`` holds the text of a JSONL or Parquet record. One byte order mark
+    at the very start of a text or JSONL file is no part of its text.
 
     A bad document is dropped. A bad file of many documents (unreadable, cut short, damaged) raises
     DamagedDataError, one that changed since it was listed ValueError.
@@ -81,7 +83,11 @@ def _read_text(corpus: Corpus, part: Part, file: InputFile, advance: Advance) ->
             raise _unreadable(file, error) from error
         yield Dropped(path, "unreadable", error.strerror or str(error))
         return
-    yield _judge(part.file, 0, path, raw, len(raw))
+    found = _judge(part.file, 0, path, raw, len(raw))
+    if isinstance(found, Record) and raw.startswith(codecs.BOM_UTF8):
+        text = raw[len(codecs.BOM_UTF8) :]
+        found = replace(found, raw=text) if text else Dropped(path, "empty")
+    yield found
 
 
 def _judge(file: int, place: int, path: str, raw: bytes, span: int) -> Record | Dropped:
@@ -131,6 +137,8 @@ def _parse_line(file: int, offset: int, where: str, line: bytes, field: str) -> 
         text = line.decode("utf-8", "strict")
     except UnicodeDecodeError as error:
         return Dropped(where, "not UTF-8", f"byte {error.start} of the line ({error.reason})")
+    if offset == 0:
+        text = text.removeprefix("\ufeff")  # the byte order mark of the file
     if not text.strip():
         return Dropped(where, "blank line")
     try:

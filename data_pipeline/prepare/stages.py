@@ -189,7 +189,7 @@ class Stages:
         train = keys.buckets(rows["key"], plan.buckets["train"])
         where = train
         if plan.buckets["validation"]:
-            held = keys.below(keys.content_keys(digests, options.seed, "split"), plan.threshold)
+            held = plan.held_out.holds(keys.content_keys(digests, options.seed, "split"), rows["bytes"])
             validation = keys.buckets(rows["key"], plan.buckets["validation"]) + plan.buckets["train"]
             where = np.where(held, validation, train)
         buffer.add(rows, where, encoded)

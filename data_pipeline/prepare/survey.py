@@ -93,6 +93,20 @@ def batches(request: Request, piece: int, meter: Meter, drops: Drops) -> Iterato
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Which documents are held out: those with a split key below ``threshold``, unless they have more than
+    ``largest`` bytes (None: of any size)."""
+
+    threshold: int
+    largest: int | None = None
+
+    def holds(self, split_keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """For documents with these keys (uint64) and sizes in bytes: bool ``[documents]``."""
+        held = keys.below(split_keys, self.threshold)
+        return held if self.largest is None else held & (sizes <= self.largest)
+
+
+@dataclass(frozen=True)
 class Survey:
     """What the survey of all pieces found: one table [documents, 2] of keys and sizes for each piece; ``floor``
     as :func:`sample_floor`; ``documents``, ``bytes`` and ``drops`` of all."""
@@ -115,28 +129,34 @@ class Survey:
         drops = Drops.merged(tree["dropped"] for tree in found)
         return cls(folder, tables, sample_floor(request), documents, size, drops)
 
-    def threshold(self, fraction: float) -> int:
-        """Documents with a split key below it are held out: the smallest keys, until their documents make
-        ``fraction`` of the bytes. Equal documents have equal keys and fall on the same side. 0 when that
-        would hold out all."""
-        table = np.concatenate(self.tables)
-        order = np.argsort(table[:, 0])
-        split, sizes = table[order, 0], table[order, 1]
-        if fraction <= 0 or not len(split):
-            return 0
-        held = min(int(np.searchsorted(np.cumsum(sizes), fraction * float(sizes.sum()))), len(split) - 1)
-        return 0 if split[held] == split[-1] else int(split[held]) + 1
+    def held_out(self, fraction: float) -> HeldOut:
+        """The share to hold out: the documents with the smallest keys, until they make ``fraction`` of the bytes.
 
-    def training_texts(self, threshold: int, progress: Callable[[int, int], None]) -> Iterator[str]:
+        A document larger than twice these bytes is passed over and stays in training: it alone would make the
+        validation set, of a size nobody asked for. Equal documents have equal keys and fall on the same side.
+        Nothing is held out where all documents are larger than that, or where none would be left to train on.
+        """
+        table = np.concatenate(self.tables)
+        wanted_bytes = fraction * float(table[:, 1].sum())
+        largest = int(2 * wanted_bytes)
+        small = table[table[:, 1] <= np.uint64(largest)]
+        small = small[np.argsort(small[:, 0])]
+        if fraction <= 0 or not len(small):
+            return HeldOut(0)
+        held = min(int(np.searchsorted(np.cumsum(small[:, 1]), wanted_bytes)), len(small) - 1)
+        all_held = len(small) == len(table) and small[held, 0] == small[-1, 0]
+        return HeldOut(0) if all_held else HeldOut(int(small[held, 0]) + 1, largest)
+
+    def training_texts(self, held_out: HeldOut, progress: Callable[[int, int], None]) -> Iterator[str]:
         """Documents to train a tokenizer on: those with the largest split keys, ``TRAINING_BYTES`` of them, and
-        none with a key below ``threshold``. ``progress(done, total)`` is told bytes."""
+        none that is ``held_out``. ``progress(done, total)`` is told bytes."""
         entries: list[np.ndarray] = []  # key, piece, offset, size
         for piece, table in enumerate(self.tables):
             stored = table[table[:, 0] >= np.uint64(self.floor)]
             offsets = np.cumsum(stored[:, 1]) - stored[:, 1]
             entries.append(np.stack([stored[:, 0], np.full_like(offsets, piece), offsets, stored[:, 1]], axis=1))
         table = np.concatenate(entries)
-        table = table[~keys.below(table[:, 0], threshold)]
+        table = table[~held_out.holds(table[:, 0], table[:, 3])]
         table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))[::-1]]
         sizes = table[:, 3].astype(np.int64)
         table = table[np.cumsum(sizes) - sizes < TRAINING_BYTES]

@@ -27,10 +27,11 @@ from data_pipeline.prepare.options import choose_num_lanes as choose_num_lanes
 from data_pipeline.prepare.plan import PLAN_NAME, Plan, make_plan
 from data_pipeline.prepare.pool import Workers
 from data_pipeline.prepare.request import REQUEST_NAME, Request, cut_pieces
-from data_pipeline.prepare.survey import Survey, exact_split, wanted
+from data_pipeline.prepare.survey import HeldOut, Survey, exact_split, wanted
 from data_pipeline.prepare.tokenizer import TokenizerFile, load_tokenizer_file, train_byte_level_bpe
 from data_pipeline.prepare.workspace import DISK_FULL, Task, Workspace, workspace
 from data_pipeline.store.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.wording import counted
 
 Source = str | os.PathLike[str]
 _PHASES = {stages.SURVEY: "reading documents", stages.TOKENISE: "tokenising", stages.WRITE: "writing shards"}
@@ -237,19 +238,19 @@ class _Preparation:
 
     def _make_plan(self, space: Workspace, request: Request, existing: Manifest | None, pool: Workers) -> Plan:
         survey = None
-        threshold = 0 if request.appends_to else int(request.options.validation_fraction * 2**64)
+        held_out = HeldOut(0 if request.appends_to else int(request.options.validation_fraction * 2**64))
         if wanted(request):
             self._run_stage(space, pool, stages.SURVEY, len(request.pieces), request, None)
             survey = Survey.load(request, space.folder)
             if not survey.documents:
                 raise self._nothing_usable(space, request, survey.drops)
             if exact_split(request):
-                threshold = survey.threshold(request.options.validation_fraction)
-        tokenizer = request.given or self._train(survey, threshold)
+                held_out = survey.held_out(request.options.validation_fraction)
+        tokenizer = request.given or self._train(survey, held_out)
         if existing is not None:
             finishing.write_held_out(space, existing)
         content = None if existing is None else existing.content
-        plan = make_plan(request, tokenizer, threshold, None if survey is None else survey.bytes, content)
+        plan = make_plan(request, tokenizer, held_out, None if survey is None else survey.bytes, content)
         space.folder.write_json(
             PLAN_NAME, {"of": request.digest, "plan": plan.to_json()}, first_wins=self.task is not None
         )
@@ -257,14 +258,14 @@ class _Preparation:
         assert frozen is not None
         return frozen
 
-    def _train(self, survey: Survey | None, threshold: int) -> TokenizerFile:
+    def _train(self, survey: Survey | None, held_out: HeldOut) -> TokenizerFile:
         assert survey is not None
         started = time.perf_counter()
 
         def show(done: int, total: int) -> None:
             self._show("training the tokenizer", done, total, "bytes", Counts(bytes=done), started)
 
-        return train_byte_level_bpe(survey.training_texts(threshold, show), self.options.vocab_size)
+        return train_byte_level_bpe(survey.training_texts(held_out, show), self.options.vocab_size)
 
     def _run_stage(
         self, space: Workspace, pool: Workers, stage: str, num_units: int, request: Request, plan: Plan | None
@@ -296,12 +297,12 @@ class _Preparation:
             done = max(finished, min(read, total - before - 1))
             self._show(phase, before + done, total, "bytes" if reading else "shards", counts, started, before)
 
-        def counted(more: Counts) -> None:
+        def add(more: Counts) -> None:
             counts.add(more)
             self._totals.add(more)
             show(counts.read if reading else 0)
 
-        for unit in pool.run(stage, todo, counted, worthwhile):
+        for unit in pool.run(stage, todo, add, worthwhile):
             finished += sizes(unit)
             show(counts.read if reading else 0)
         finished = total - before
@@ -340,7 +341,7 @@ class _Preparation:
         )
         files = len(request.corpus.files)
         return ValueError(
-            f"none of the documents in {files:,} files of {request.corpus.root} can be used{first}. "
+            f"none of the documents in {counted(files, 'file')} of {request.corpus.root} can be used{first}. "
             "What to do: check the input, --pattern, --format and --text-field."
         )
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,7 @@ def _resume(arguments: argparse.Namespace) -> int:
             except CorruptCheckpointError as error:
                 raise CorruptCheckpointError(describe_damage(store, folder, [str(error)])) from error
             check_checkpoint_model(config, folder)
+            _check_timeline(config, folder)
             # A run that was stopped between its last step and its report goes on with validation and report.
             if manifest.step > config.train.steps or (
                 manifest.step == config.train.steps and is_reported(run_dir, config.train.steps)
@@ -64,3 +70,13 @@ def _resume(arguments: argparse.Namespace) -> int:
             number = run_dir.add_revision(tree, changes)
             print(f"revision {number}: " + "; ".join(map(str, changes)))
         return launch_attempt(lease, config, folder.name if folder is not None else None)
+
+
+def _check_timeline(config: Config, folder: Path) -> None:
+    """Refuse, before a revision is written, to change what had taken effect in the order of the data."""
+    from data_pipeline.loader import check_timeline
+    from pretrain.checkpoint.reader import CheckpointReader
+
+    state = CheckpointReader(folder).training["callbacks"].get("data")
+    if state and hasattr(config.data, "timeline"):
+        check_timeline(config.data.timeline(), state)

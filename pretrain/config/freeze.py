@@ -144,7 +144,11 @@ def extendable_paths(tree: Mapping[str, Any]) -> list[str]:
     for name in COMPONENT_FIELDS:
         cls = resolve_target(tree[name][TARGET], f"{name}.{TARGET}")
         if is_config_class(cls):
-            paths += [f"{name}.{f.name}" for f in dataclasses.fields(cls) if f.metadata.get("extendable")]
+            for f in dataclasses.fields(cls):
+                if f.metadata.get("extendable"):
+                    below = tree[name].get(f.name)
+                    paths.append(f"{name}.{f.name}")
+                    paths += [f"{name}.{f.name}.{key}" for key in below] if isinstance(below, dict) else []
     return paths
 
 

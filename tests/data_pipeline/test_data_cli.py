@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,12 @@ def test_prepare_inspect_verify(corpus: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_one_thing_is_not_told_as_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "set", {"a.tar": [("0.jpg", b"x"), ("0.txt", b"x")]})
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("0.txt")
+        member.size = 1
+        archive.addfile(member, io.BytesIO(b"x"))
     assert call("index", folder, "--workers", 1) == 0
     assert call("verify", folder) == 0
     assert "1 shard checked: all sound" in capsys.readouterr().out

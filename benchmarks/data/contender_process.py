@@ -26,7 +26,7 @@ class ContenderError(RuntimeError):
     """A contender's process failed; the message has the end of its log."""
 
 
-class Session:
+class ContenderProcess:
     """One running ``measure.py``. ``opened`` holds its first answer."""
 
     def __init__(self, python: Path, arguments: list[str], log: Path, timeout: float) -> None:
@@ -80,7 +80,7 @@ class Session:
         self._signal(signal.SIGKILL)
         self._process.wait()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> ContenderProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
