@@ -17,7 +17,7 @@ def choose_segments(shards: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
     total = sum(payload for payload, _, _ in shards)
     segment_bytes = max(1, min(_LARGEST_SEGMENT, total // _SEGMENTS_WANTED))
     segments = sum(
-        max(1, min(samples, payload // (segment_bytes + largest - 1)))
+        max(1, min(samples, payload // max(1, segment_bytes + largest - 1)))
         for payload, samples, largest in shards
         if samples
     )
