@@ -167,12 +167,14 @@ class SegmentOpener:
         return np.asarray(result.tokens)
 
     def _spares(self, segment: OpenSegment, key: Key | None) -> Iterator[tuple[OpenSegment, int]]:
-        """Sound rows of other segments, in an order that depends on the visit of ``segment`` alone."""
+        """Sound rows of other segments, then those of ``segment`` itself, in an order that depends on its visit
+        alone."""
         key = key or ("sequential", segment.number)
         candidates = [number for number in self._spare_segments if number != segment.number]
         for rank in keyed_permutation(len(candidates), *key, "reserve").tolist():
             spare = self._open(candidates[rank], segment.epoch, (*key, "spare"))
             yield from ((spare, row) for row in range(len(spare)) if row not in spare.lost)
+        yield from ((segment, row) for row in range(len(segment)) if row not in segment.lost)
         raise DamagedDataError(
             f"segment {segment.number} is damaged, and all {len(candidates)} segments that could stand in for its rows "
             "have been used up or are damaged too. What to do: restore the shards from a copy (pretrain data verify "
@@ -211,7 +213,7 @@ def _fill_lost(segment: OpenSegment) -> None:
         source, source_row = segment.substitutes.get(row, (segment, row))
         parts.append(source.pieces[:, source.span(source_row)])
         origins.append(source.origins[source.span(source_row)])
-        if source is not segment:
+        if row in segment.substitutes:
             segment.tokens[row] = source.tokens[source_row]
     counts = [part.shape[1] for part in parts]
     segment.row_pieces = np.array(counts, dtype=np.int32)

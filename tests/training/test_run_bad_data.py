@@ -12,7 +12,7 @@ import pytest
 from support.command import Outcome, pretrain
 
 from data_pipeline.config import TextDataConfig
-from data_pipeline.store.manifest import Manifest
+from data_pipeline.store.manifest import Block, Manifest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -44,13 +44,28 @@ def prepare(out: Path, module: str, *more: str) -> None:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bad-data") / "json"
-    prepare(out, "json/decoder.py", "--vocab-size", str(VOCABULARY), "--block-tokens", "150")
+    prepare(
+        out, "json/decoder.py", "--vocab-size", str(VOCABULARY), "--block-tokens", "150", "--validation-fraction", "0.2"
+    )
     TextDataConfig(path=str(out), sequence_length=32, num_lanes=4).build(1234)  # leaves its plan there
     return out
 
 
+def flip(folder: Path, block: Block) -> None:
+    """Flip one bit of the block's tokens."""
+    with open(folder / block.shard, "r+b") as stream:
+        stream.seek(block.members["tok.npy"]["offset"] + 200)
+        byte = stream.read(1)[0]
+        stream.seek(-1, 1)
+        stream.write(bytes([byte ^ 1]))
+
+
+def rank_logs(run: Path, attempt: int = 1) -> list[str]:
+    return [(run / "logs" / f"attempt_{attempt:04d}" / f"rank_{rank:05d}.log").read_text() for rank in range(2)]
+
+
 def damage(folder: Path) -> str:
-    """Flip a byte of the first block that rank 1 reads first, after the first two steps; returns its member."""
+    """Flip a bit of the first block that rank 1 reads first, after the first two steps; returns its member."""
     source = TextDataConfig(path=str(folder), sequence_length=32, num_lanes=4).build(1234).train
     seen: set[str] = set()
     for index in range(32):
@@ -62,11 +77,7 @@ def damage(folder: Path) -> str:
     else:
         pytest.fail("no block is first read by rank 1")
     block = next(b for b in Manifest.load(folder).blocks("train") if f"{b.key}.tok.npy" == member)
-    with open(folder / block.shard, "r+b") as stream:
-        stream.seek(block.members["tok.npy"]["offset"] + 200)
-        byte = stream.read(1)[0]
-        stream.seek(-1, 1)
-        stream.write(bytes([byte ^ 1]))
+    flip(folder, block)
     return member
 
 
@@ -81,7 +92,7 @@ def test_damage_on_one_rank_stops_all_alike_and_may_then_be_substituted(sound: P
     run = tmp_path / "run"
     stopped = pretrain("run", "--run-dir", run, *OVERRIDES, f"data.path={folder}")
     assert stopped.returncode == 2, stopped.stderr
-    logs = [(run / "logs" / "attempt_0001" / f"rank_{rank:05d}.log").read_text() for rank in range(2)]
+    logs = rank_logs(run)
     told = {line for log in logs for line in log.splitlines() if member in line}
     assert all(member in log for log in logs)
     assert len({line[line.index("train-") :] for line in told}) == 1  # the same words on both
@@ -117,6 +128,20 @@ def test_damage_on_one_rank_stops_all_alike_and_may_then_be_substituted(sound: P
     assert "data.damage_budget is 0" in spent.stderr + (bounded / "logs/attempt_0001/rank_00000.log").read_text()
 
 
+def test_damage_in_validation_stops_all_alike_or_is_substituted(sound: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "data"))
+    block = Manifest.load(folder).blocks("validation")[-1]
+    flip(folder, block)
+    overrides = [*OVERRIDES, "train.steps=2", "train.eval_interval=1", "train.final_eval=true", f"data.path={folder}"]
+    run = tmp_path / "run"
+    stopped = pretrain("run", "--run-dir", run, *overrides)
+    assert stopped.returncode == 2, stopped.stderr
+    assert all(f"{block.key}.tok.npy" in log for log in rank_logs(run))
+    again = pretrain("resume", run, "data.on_damage=substitute")
+    assert again.returncode == 0, again.stderr
+    assert max(Outcome(run).validation()) == 2
+
+
 def test_changed_data_are_refused_with_the_first_shard_and_appended_data_wait(sound: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sound, tmp_path / "data"))
     run = tmp_path / "run"
@@ -127,7 +152,7 @@ def test_changed_data_are_refused_with_the_first_shard_and_appended_data_wait(so
 
     prepare(folder, "json/encoder.py", "--append")
     new = Manifest.load(folder).fingerprint
-    unaware = pretrain("resume", run, "train.steps=6")
+    unaware = pretrain("resume", run, "train.steps=6", "data.fetch.deadline_s=100")
     assert unaware.returncode == 0, unaware.stderr
     past = pretrain("resume", run, "train.steps=8", f"data.appended=[{{from_sample: 8, edition: {new}}}]")
     assert past.returncode == 2
