@@ -164,7 +164,7 @@ def test_changed_data_are_refused_with_the_first_shard_and_appended_data_wait(so
 
     other = tmp_path / "other"
     prepare(other, "json/encoder.py", "--tokenizer", str(folder / "tokenizer.json"), "--block-tokens", "150")
-    moved = pretrain("resume", run, "train.steps=12", f"data.path={other}", "data.appended=[]")
+    moved = pretrain("resume", run, "train.steps=12", f"data.path={other}")
     assert moved.returncode != 0
     logs = "".join(path.read_text() for path in (run / "logs").glob("attempt_*/rank_00000.log"))
     assert "train-000000.tar" in moved.stderr + logs
