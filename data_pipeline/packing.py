@@ -105,7 +105,11 @@ def pack(lengths: np.ndarray, sequence_length: int, packing: str = BEST_FIT) -> 
     """
     if packing == CONCATENATE:
         return concatenate(lengths, sequence_length)
-    document, start, length = cut(lengths, sequence_length)
+    return pack_pieces(*cut(lengths, sequence_length), sequence_length)
+
+
+def pack_pieces(document: np.ndarray, start: np.ndarray, length: np.ndarray, sequence_length: int) -> Rows:
+    """Best-fit rows of the given pieces, in the order of their first piece; pieces in a row in the given order."""
     row_of, num_rows = assign_rows(length, sequence_length)
     first_piece = np.full(num_rows, len(row_of))
     np.minimum.at(first_piece, row_of, np.arange(len(row_of)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from data_pipeline.config import FetchConfig, Violation
+from data_pipeline.config_common import FetchConfig, Violation
 
 if TYPE_CHECKING:
     from data_pipeline.media.build import Access

@@ -20,9 +20,9 @@ from data_pipeline.media.audio import decode_speech
 from data_pipeline.media.captions import TOKENS_MEMBER, parse_tokens
 from data_pipeline.media.decode import ImageTransform, Limits, transformed
 from data_pipeline.media.media_source import MediaSource, RowRequest
-from data_pipeline.media.packing import Modality, SpanLayout, cut_documents, pack_pieces
+from data_pipeline.media.packing import Modality, SpanLayout, cut_documents
 from data_pipeline.order import LaneOrder, Place
-from data_pipeline.packing import Rows
+from data_pipeline.packing import Rows, pack_pieces
 from data_pipeline.store.manifest import Sample
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ class LostRow:
     error: DamagedDataError
 
 
-class MediaSource(Generic[Opened, Row]):
+class MediaSource(ABC, Generic[Opened, Row]):
     """A ``SampleSource`` and lane source over one split of a sample set; subclasses say what a row is.
 
     Keeps one open segment per lane that it has read. ``workers`` threads load the rows of a batch (0: the calling
@@ -102,29 +103,29 @@ class MediaSource(Generic[Opened, Row]):
 
     # What a subclass provides.
 
+    @abstractmethod
     def _prepare(self, samples: list[Sample], payload: tuple[ByteRange, bytes] | None, place: Place) -> Opened:
         """What the source keeps of an open segment; raises DamagedDataError."""
-        raise NotImplementedError
 
     def _allocate(self, count: int) -> np.ndarray | None:
         """Memory [count, ...] that rows may be decoded into, or None."""
         return None
 
+    @abstractmethod
     def _load(self, request: RowRequest[Opened], slot: np.ndarray | None) -> Row:
         """Read and decode one row, in any thread, with its part of what was allocated; raises DamagedDataError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _collate(self, rows: list[Row], allocated: np.ndarray | None) -> dict[str, np.ndarray]:
         """The arrays of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _blank(self, row: Row) -> Row:
         """A row of padding that fits beside ``row``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _origins(self, request: RowRequest[Opened]) -> list[dict[str, Any]]:
         """Provenance of each part of a row."""
-        raise NotImplementedError
 
     # The protocol.
 

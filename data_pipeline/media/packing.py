@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.packing import Rows, assign_rows
-
 SPAN_PACKING = "atomic-spans-best-fit-decreasing-1"
 
 
@@ -152,16 +150,3 @@ def cut_documents(
         pieces.extend((number, start, positions) for start, positions in cuts)
     table = np.array(pieces, dtype=np.int64).reshape(-1, 3)
     return table[:, 0], table[:, 1], table[:, 2]
-
-
-def pack_pieces(document: np.ndarray, start: np.ndarray, length: np.ndarray, sequence_length: int) -> Rows:
-    """Best-fit rows of the given pieces, in the order of their first piece; pieces in a row in the given order."""
-    row_of, num_rows = assign_rows(length, sequence_length)
-    first_piece = np.full(num_rows, len(row_of))
-    np.minimum.at(first_piece, row_of, np.arange(len(row_of)))
-    rank = np.empty(num_rows, dtype=np.int64)
-    rank[np.argsort(first_piece, kind="stable")] = np.arange(num_rows)
-    row_of = rank[row_of]
-    order = np.argsort(row_of, kind="stable")
-    piece_starts = np.searchsorted(row_of[order], np.arange(num_rows + 1))
-    return Rows(piece_starts, document[order], start[order], length[order])

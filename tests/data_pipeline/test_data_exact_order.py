@@ -16,9 +16,11 @@ from synthetic_text import append_documents, write_dataset
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data_pipeline.config import AppendedConfig, MixedAppendedConfig, MixedTextConfig, PhaseConfig, TextDataConfig
+from data_pipeline.config import TextDataConfig
+from data_pipeline.config_common import AppendedConfig
 from data_pipeline.errors import DamagedDataError
 from data_pipeline.loader import StepLoader, check_loader_state, loader_state
+from data_pipeline.mixed_config import MixedAppendedConfig, MixedTextConfig, PhaseConfig
 from data_pipeline.source import SampleSource
 from data_pipeline.store.manifest import TOKENS_EXTENSION, Manifest
 from data_pipeline.store.reader import BlockReader

@@ -16,7 +16,8 @@ from fault_server import FaultServer
 from moto.server import ThreadedMotoServer
 from synthetic_text import write_dataset
 
-from data_pipeline.config import FetchConfig, TextDataConfig
+from data_pipeline.config import TextDataConfig
+from data_pipeline.config_common import FetchConfig
 from data_pipeline.errors import DamagedDataError, MissingDataError
 from data_pipeline.text_build import CacheSettings
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.media.packing import Modality, SpanLayout, cut_document, cut_documents, pack_pieces
+from data_pipeline.media.packing import Modality, SpanLayout, cut_document, cut_documents
 from data_pipeline.media.plan import segments_of
-from data_pipeline.packing import assign_rows
+from data_pipeline.packing import assign_rows, pack_pieces
 
 LAYOUTS = [
     SpanLayout(image_tokens=5, image_id=100, speech_id=101),

@@ -407,7 +407,7 @@ def test_a_remote_set_gives_the_same_batches_through_the_cache(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import data_pipeline.fetch.storage as storage_module
-    from data_pipeline.config import FetchConfig
+    from data_pipeline.config_common import FetchConfig
 
     local = config_of(kind, folder).build(seed=5).train
     expected = rows_of(local.batch(range(60)), 60)

@@ -142,7 +142,6 @@ def test_tokenizer_that_cannot_take_a_text_is_an_error(tmp_path: Path) -> None:
 
 
 def test_gigatoken_itself(dataset: Path, file: TokenizerFile) -> None:
-    pytest.importorskip("gigatoken")
     special = b"before <|eos|> middle <|bos|> after"
     one, other = make_backend("gigatoken", file), HuggingFace(file)
     for documents in ([*SAMPLE, special], [special], [], [b"x"]):
