@@ -116,6 +116,8 @@ def _rank(rank: int, port: int, folder: Path, arguments: dict[str, Any], results
     )
     from pretrain.engines.build import build_engine
     from pretrain.models.hybrid.config import HybridConfig
+    from pretrain.nn.attention_config import AttentionConfig
+    from pretrain.nn.mlp_config import MLPConfig
     from pretrain.objectives.config import NextTokenConfig
     from pretrain.parallel.process import ProcessEnvironment, join_process_group
     from pretrain.training.callbacks import CheckpointCallback
@@ -135,7 +137,13 @@ def _rank(rank: int, port: int, folder: Path, arguments: dict[str, Any], results
             checkpoint_interval=0,
             keep_checkpoints=1,
         ),
-        model=HybridConfig(pattern="*-*-*-*-", width=512, vocab_size=8192, num_heads=8, mlp_hidden_size=2048),
+        model=HybridConfig(
+            pattern="*-*-*-*-",
+            width=512,
+            vocab_size=8192,
+            attention=AttentionConfig(num_heads=8),
+            mlp=MLPConfig(hidden_size=2048),
+        ),
         optimizer=OptimizerConfig(schedule=ScheduleConfig(kind="constant", horizon=1000)),
         engine=DeepSpeedConfig(),
         launcher=LauncherConfig(num_processes=size),

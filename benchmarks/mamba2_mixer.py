@@ -25,11 +25,12 @@ import torch
 from results_file import quartiles, write_result
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Config as TheirConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMixer
 
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.mamba2 import Mamba2Mixer
+from pretrain.nn.mamba2_config import Mamba2Config
 from pretrain.ops.conv import causal_conv
 from pretrain.ops.norm import gated_rms_norm
 from pretrain.ops.ssd import ssd_chunked
@@ -72,16 +73,18 @@ def build(shape: Shape) -> tuple[dict[str, Contender], dict[str, Contender]]:
     """(contenders, parts of ours), after checking that ours and theirs agree."""
     torch.manual_seed(0)
     theirs = TheirMixer(
-        Mamba2Config(
+        TheirConfig(
             hidden_size=shape.width, num_heads=shape.heads, head_dim=shape.head_dim, state_size=shape.state,
             n_groups=1, expand=2, num_hidden_layers=1,
         ),
         layer_idx=0,
     )  # fmt: skip
     ours: Any = Mamba2Mixer(
-        TorchLayers(), shape.width, inner=shape.inner, head_dim=shape.head_dim, state_dim=shape.state,
-        num_groups=1, conv_kernel=4, chunk_size=64, norm_eps=theirs.layer_norm_epsilon,
-    )  # fmt: skip
+        TorchLayers(),
+        shape.width,
+        Mamba2Config(head_dim=shape.head_dim, state_dim=shape.state, chunk_size=64),
+        norm_eps=theirs.layer_norm_epsilon,
+    )
     _copy_weights(theirs, ours)
     L, B = shape.length, shape.batch
     x_LBD, dy_LBD = torch.randn(L, B, shape.width), torch.randn(L, B, shape.width)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pretrain.nn.attention_config import AttentionConfig
 from pretrain.nn.initialisation import Initialiser, normal
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.rope import apply_rotary
@@ -46,25 +47,16 @@ class Attention(nn.Module):
 
     Args:
         width: D.
-        num_heads, num_kv_heads: H and J of the whole model; J divides H, and H/J query heads share a key/value head.
-        head_dim: P.
-        rope_theta: base of the rotary embedding, or None for no position embedding.
+        config: sizes of the whole model; J divides H, and H/J query heads share a key/value head.
     """
 
-    def __init__(
-        self,
-        layers: ParallelLayers,
-        width: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        rope_theta: float | None = None,
-    ) -> None:
+    def __init__(self, layers: ParallelLayers, width: int, config: AttentionConfig) -> None:
         super().__init__()
+        num_heads, num_kv_heads, head_dim = config.num_heads, config.kv_heads, config.features(width)
         self.num_heads = layers.local(num_heads)
         self.num_kv_heads = layers.local(num_kv_heads)
         self.head_dim = head_dim
-        self.rope_theta = rope_theta
+        self.rope_theta = config.rope_theta
         components = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
         self.qkv = layers.fused_column(width, components)
         self.out_proj = layers.row(num_heads * head_dim, width)

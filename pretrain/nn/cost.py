@@ -1,4 +1,4 @@
-"""Parameters and forward FLOPs of each layer kind. Torch-free: planning reads this without loading torch.
+"""What a layer costs: parameters, FLOPs, activation bytes, generation state. Torch-free, for planning.
 
 FLOPs count matrix products only (two for each multiply-add), as executed: causal attention and the
 intra-chunk part of SSD compute full square matrices, and no half is deducted. Norms, activations and the
@@ -9,58 +9,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FP32 = 4
+"""Bytes of a number that is kept in fp32 whatever the parameters' precision."""
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one layer.
+    """Cost of one layer, or of several added up.
 
     Attributes:
         parameters: number of trained values.
         flops_per_token: forward FLOPs, averaged over the tokens of a sequence.
+        idle_parameters: those of ``parameters`` that one token does not pass through (experts it is not routed to).
+        activation_bytes_per_token: what one token's forward pass keeps for the backward pass (without activation
+            checkpointing), averaged over the tokens of a sequence.
+        state_bytes: what generation keeps for one sequence after ``sequence_length`` tokens: recurrent states, and
+            keys and values.
     """
 
-    parameters: int
-    flops_per_token: float
+    parameters: int = 0
+    flops_per_token: float = 0.0
+    idle_parameters: int = 0
+    activation_bytes_per_token: float = 0.0
+    state_bytes: float = 0.0
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through."""
+        return self.parameters - self.idle_parameters
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.parameters + other.parameters, self.flops_per_token + other.flops_per_token)
+        return Cost(
+            self.parameters + other.parameters,
+            self.flops_per_token + other.flops_per_token,
+            self.idle_parameters + other.idle_parameters,
+            self.activation_bytes_per_token + other.activation_bytes_per_token,
+            self.state_bytes + other.state_bytes,
+        )
 
 
 def linear_cost(d_in: int, d_out: int, bias: bool = False) -> Cost:
-    """Linear layer."""
+    """Linear layer. What it keeps, its input, is counted where the input is made."""
     return Cost(d_in * d_out + bias * d_out, 2 * d_in * d_out)
-
-
-def norm_cost(width: int) -> Cost:
-    """RMSNorm."""
-    return Cost(width, 0)
-
-
-def attention_cost(width: int, num_heads: int, num_kv_heads: int, head_dim: int, sequence_length: int) -> Cost:
-    """Grouped-query attention: projections, scores and weighted values, every query against every key."""
-    projections = linear_cost(width, (num_heads + 2 * num_kv_heads) * head_dim) + linear_cost(
-        num_heads * head_dim, width
-    )
-    return projections + Cost(0, 4 * sequence_length * num_heads * head_dim)
-
-
-def mlp_cost(width: int, hidden_size: int, gated: bool) -> Cost:
-    """Two linear layers, three when gated."""
-    return linear_cost(width, (2 if gated else 1) * hidden_size) + linear_cost(hidden_size, width)
-
-
-def mamba2_cost(
-    width: int, inner: int, head_dim: int, state_dim: int, num_groups: int, conv_kernel: int, chunk_size: int
-) -> Cost:
-    """Mamba-2 mixer: projections and the four products of chunked SSD (arXiv 2405.21060, section 6).
-
-    Per token and chunk of Q: C B^T (2 Q N G), its product with the inputs (2 Q inner), the chunk's state (2 N
-        inner) and
-    the state's output (2 N inner). Carrying states between chunks is left out (a factor Q smaller).
-    """
-    heads = inner // head_dim
-    packed = inner + 2 * num_groups * state_dim
-    projections = linear_cost(width, inner + packed + heads) + linear_cost(inner, width)
-    own_parameters = packed * (conv_kernel + 1) + 3 * heads + inner
-    ssd = 2 * chunk_size * (state_dim * num_groups + inner) + 4 * state_dim * inner
-    return projections + Cost(own_parameters, ssd)

@@ -23,6 +23,7 @@ from pretrain.nn.initialisation import (
     uniform,
 )
 from pretrain.nn.layout import SequenceLayout
+from pretrain.nn.mamba2_config import Mamba2Config
 from pretrain.nn.norm import RMSNormGated
 from pretrain.ops.blocks import arithmetic_dtype
 from pretrain.ops.conv import causal_conv, causal_conv_final_state, causal_conv_step
@@ -62,37 +63,23 @@ class Mamba2Mixer(nn.Module):
 
     Args:
         width: D.
-        inner: I of the whole model.
-        head_dim, state_dim, num_groups, conv_kernel: P, N, G of the whole model, K.
-        chunk_size: tokens of a chunk of the SSD algorithm.
+        config: sizes of the whole model.
         norm_eps: of the gated RMSNorm.
     """
 
-    def __init__(
-        self,
-        layers: ParallelLayers,
-        width: int,
-        *,
-        inner: int,
-        head_dim: int,
-        state_dim: int,
-        num_groups: int,
-        conv_kernel: int,
-        chunk_size: int,
-        norm_eps: float,
-    ) -> None:
+    def __init__(self, layers: ParallelLayers, width: int, config: Mamba2Config, norm_eps: float) -> None:
         super().__init__()
-        num_heads = inner // head_dim
+        inner, num_heads, num_groups = config.inner(width), config.heads(width), config.groups
         self.inner = layers.local(inner)
         self.num_heads = layers.local(num_heads)
-        self.head_dim = head_dim
-        self.state_dim = state_dim
+        self.head_dim = config.head_dim
+        self.state_dim = state_dim = config.state_dim
         self.num_groups = layers.local(num_groups)
-        self.conv_kernel = conv_kernel
-        self.chunk_size = chunk_size
+        self.conv_kernel = config.conv_kernel
+        self.chunk_size = config.chunk_size
         convolved = {"x": inner, "B": num_groups * state_dim, "C": num_groups * state_dim}
         self.in_proj = layers.fused_column(width, {"z": inner, **convolved, "dt": num_heads})
-        self.conv = ShortConv(layers, convolved, conv_kernel)
+        self.conv = ShortConv(layers, convolved, config.conv_kernel)
         self.A_log, self.D, self.dt_bias = (
             layers.own(exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))) for _ in range(3)
         )

@@ -5,16 +5,13 @@ Shapes: L = sequence length, B = batch, D = model width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from pretrain.nn.initialisation import Initialiser, normal
+from pretrain.nn.initialisation import Initialiser, constant, normal
 from pretrain.nn.layout import SequenceLayout
+from pretrain.nn.mlp_config import MLPConfig
 from pretrain.parallel.layers import ParallelLayers
-
-Activation = Literal["swiglu", "gelu", "relu2"]
 
 
 class MLP(nn.Module):
@@ -22,21 +19,26 @@ class MLP(nn.Module):
 
     Args:
         width: D.
-        hidden_size: features between the layers (each of the two halves for ``swiglu``).
+        config: sizes of the whole model.
     """
 
-    def __init__(self, layers: ParallelLayers, width: int, hidden_size: int, activation: Activation) -> None:
+    def __init__(self, layers: ParallelLayers, width: int, config: MLPConfig) -> None:
         super().__init__()
-        self.activation = activation
-        if activation == "swiglu":
-            self.in_proj = layers.fused_column(width, {"gate": hidden_size, "up": hidden_size})
+        hidden_size = config.hidden(width)
+        self.activation = config.activation
+        if self.activation == "swiglu":
+            self.in_proj = layers.fused_column(width, {"gate": hidden_size, "up": hidden_size}, bias=config.bias)
         else:
-            self.in_proj = layers.column(width, hidden_size)
-        self.out_proj = layers.row(hidden_size, width)
+            self.in_proj = layers.column(width, hidden_size, bias=config.bias)
+        self.out_proj = layers.row(hidden_size, width, bias=config.bias)
+        self.has_bias = config.bias
 
     def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:
-        """Normal weights; ``out_std`` for the projection that writes to the residual stream."""
-        return {"in_proj.weight": normal(std), "out_proj.weight": normal(out_std)}
+        """Normal weights, ``out_std`` for the projection that writes to the residual stream; no bias at first."""
+        weights = {"in_proj.weight": normal(std), "out_proj.weight": normal(out_std)}
+        if self.has_bias:
+            weights |= {"in_proj.bias": constant(0.0), "out_proj.bias": constant(0.0)}
+        return weights
 
     def init_cache(self, *_: object) -> None:
         """An MLP remembers nothing."""

@@ -71,6 +71,22 @@ class ParallelLayers(Protocol):
         """Mark a whole parameter that works on hidden states between layers (a norm's weight); returns it."""
         ...
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Hidden states between layers -> whole sequences on every rank, as column layers take them: for computations
+        of its own on a share of the features. Gradients are summed over the ranks.
+        """
+        ...
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Partial sums on every rank -> their sum as hidden states between layers, as row layers give them."""
+        ...
+
+    def sum_inside(self, x: Tensor) -> Tensor:
+        """Partial sums on every rank -> their sum on every rank, for use by each on its share of the features (so
+        gradients are summed too).
+        """
+        ...
+
     def vocabulary(self, vocab_size: int) -> VocabularyShard | None:
         """The part of the vocabulary whose logits this rank computes; None: all of it."""
         ...
@@ -120,6 +136,15 @@ class TorchLayers:
 
     def replicated(self, parameter: nn.Parameter) -> nn.Parameter:
         return parameter
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_inside(self, x: Tensor) -> Tensor:
+        return x
 
     def vocabulary(self, vocab_size: int) -> None:
         return None

@@ -23,6 +23,12 @@ from megatron.core.tensor_parallel.layers import (
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor, nn
 
 from pretrain.parallel.canonical import Split, mark_split
@@ -134,6 +140,20 @@ class MegatronLayers:
     def replicated(self, parameter: nn.Parameter) -> nn.Parameter:
         parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         return parameter
+
+    def enter(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(x, group=self._group)
+        return copy_to_tensor_model_parallel_region(x, group=self._group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(x, group=self._group)
+        return reduce_from_tensor_model_parallel_region(x, group=self._group)
+
+    def sum_inside(self, x: Tensor) -> Tensor:
+        summed = reduce_from_tensor_model_parallel_region(x, group=self._group)
+        return copy_to_tensor_model_parallel_region(summed, group=self._group)
 
     def vocabulary(self, vocab_size: int) -> VocabularyShard | None:
         if self.tensor_size == 1:

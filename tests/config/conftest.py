@@ -141,10 +141,7 @@ def hybrid_tree(make_tree: Callable[..., dict[str, Any]]) -> Callable[..., dict[
         "pattern": "M-*-",
         "width": 32,
         "vocab_size": 256,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mamba_head_dim": 16,
-        "mamba_state_dim": 16,
-        "mamba_groups": 2,
+        "attention": {"num_heads": 4, "num_kv_heads": 2},
+        "mamba2": {"head_dim": 16, "state_dim": 16, "groups": 2},
     }
     return lambda **changes: make_tree(**{"model": dict(model), **changes})

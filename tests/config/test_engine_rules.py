@@ -120,7 +120,7 @@ RULES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
         "2 numbers, one for each of the 2 x 1 chunks and at least one layer in each chunk and a sum of 4",
         "even would be [2,2]",
     ),
-    ({"tensor_parallel": 2}, {**TWO, "model__mamba_groups": 1}, "model.mamba_groups", "tensor-parallel", "set"),
+    ({"tensor_parallel": 2}, {**TWO, "model__mamba2__groups": 1}, "model.mamba2.groups", "tensor-parallel", "set"),
     ({"tensor_parallel": 2}, {**TWO, "model__vocab_size": 257}, "model.vocab_size", "equal share", "258"),
     (
         {"overlap_param_gather": True, "distributed_optimizer": False},
@@ -174,20 +174,20 @@ def test_possible_layouts_pass(hybrid_tree: Tree, engine: dict[str, Any], change
 
 def test_all_faults_of_a_layout_come_together_whatever_else_is_wrong(hybrid_tree: Tree) -> None:
     engine = megatron(tensor_parallel=3, pipeline_parallel=5, overlap_grad_reduce="yes", zero_stage=3)
-    tree = hybrid_tree(engine=engine, launcher__num_processes=4, train__steps="x", model__num_kv_heads=3)
+    tree = hybrid_tree(engine=engine, launcher__num_processes=4, train__steps="x", model__attention__num_kv_heads=3)
     tree["engine"]["pass_through"] = {"dpp": {}}
     assert set(faults(tree)) == {
         "train.steps",
         "engine.zero_stage",
         "engine.overlap_grad_reduce",
-        "model.num_kv_heads",
+        "model.attention.num_kv_heads",
         "launcher.num_processes",
         "engine.pipeline_parallel",
         "model.vocab_size",
-        "model.num_heads",
-        "model.mlp_hidden_size",
-        "model.mamba_groups",
-        "model.mamba_head_dim",
+        "model.attention.num_heads",
+        "model.mlp.hidden_size",
+        "model.mamba2.groups",
+        "model.mamba2.head_dim",
         "engine.pass_through.dpp",
     }
 

@@ -8,21 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.hybrid import changed, hybrid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.models.hybrid.config import HybridConfig
+from pretrain.config.components import check_component
+from pretrain.config.typecheck import Report
 from pretrain.models.hybrid.cost import model_cost
 from pretrain.parallel.layers import TorchLayers
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
-SMALL = HybridConfig(
-    pattern="M-*-", width=32, vocab_size=50, num_heads=4, num_kv_heads=2, mamba_head_dim=16, mamba_state_dim=8
+SMALL = hybrid(
+    pattern="M-*-",
+    width=32,
+    vocab_size=50,
+    attention__num_heads=4,
+    attention__num_kv_heads=2,
+    mamba2__head_dim=16,
+    mamba2__state_dim=8,
 )
 
 
 def faults(**changes):
-    return {field: (found, rule, fix) for field, found, rule, fix in dataclasses.replace(SMALL, **changes).violations()}
+    return {field: (found, rule, fix) for field, found, rule, fix in changed(SMALL, changes).violations()}
 
 
 def test_a_good_configuration_has_no_violations():
@@ -34,15 +42,15 @@ def test_a_good_configuration_has_no_violations():
     [
         ({"pattern": ""}, "pattern", "one symbol for each layer", "M-M*-M-M-"),
         ({"pattern": "MX*?"}, "pattern", "'M' Mamba-2", "'M*'"),
-        ({"num_heads": 5, "num_kv_heads": 5}, "num_heads", "divide width (32)", "4 or 8"),
-        ({"num_kv_heads": 3}, "num_kv_heads", "divide num_heads (4)", "2 or 4"),
-        ({"num_kv_heads": 9}, "num_kv_heads", "divide num_heads (4)", "4"),
-        ({"head_dim": 7, "rope_theta": 1e4}, "head_dim", "even", "8"),
-        ({"mamba_head_dim": 24}, "mamba_head_dim", "mamba_expand * width (64)", "16 or 32"),
-        ({"mamba_groups": 3}, "mamba_groups", "number of Mamba-2 heads (4", "2 or 4"),
+        ({"attention.num_heads": 5, "attention.num_kv_heads": 5}, "attention.num_heads", "divide width (32)", "4 or 8"),
+        ({"attention.num_kv_heads": 3}, "attention.num_kv_heads", "divide num_heads (4)", "2 or 4"),
+        ({"attention.num_kv_heads": 9}, "attention.num_kv_heads", "divide num_heads (4)", "4"),
+        ({"attention.head_dim": 7, "attention.rope_theta": 1e4}, "attention.head_dim", "even", "8"),
+        ({"mamba2.head_dim": 24}, "mamba2.head_dim", "expand * width (64)", "16 or 32"),
+        ({"mamba2.groups": 3}, "mamba2.groups", "number of Mamba-2 heads (4", "2 or 4"),
         ({"vocab_size": 0}, "vocab_size", "positive", "32768"),
-        ({"mamba_chunk_size": -1}, "mamba_chunk_size", "positive", "128"),
-        ({"mlp_hidden_size": 0}, "mlp_hidden_size", "positive", "2048"),
+        ({"mamba2.chunk_size": -1}, "mamba2.chunk_size", "positive", "128"),
+        ({"mlp.hidden_size": 0}, "mlp.hidden_size", "positive", "2048"),
         ({"max_sequence_length": 0}, "max_sequence_length", "positive", "4096"),
     ],
 )
@@ -55,36 +63,36 @@ def test_each_rule_names_field_value_and_fix(changes, field, rule, fix):
 
 
 def test_all_faults_are_reported_together_and_refused_by_build():
-    changes = {"pattern": "M*-Z", "num_kv_heads": 3, "mamba_groups": 3, "init_std": -1.0}
-    assert set(faults(**changes)) == {"pattern", "num_kv_heads", "mamba_groups", "init_std"}
-    with pytest.raises(ValueError, match=r"(?s)pattern = 'M\*-Z'.*init_std.*num_kv_heads.*mamba_groups"):
-        dataclasses.replace(SMALL, **changes).build(TorchLayers())
+    changes = {"pattern": "M*-Z", "attention.num_kv_heads": 3, "mamba2.groups": 3, "init_std": -1.0}
+    assert set(faults(**changes)) == {"pattern", "attention.num_kv_heads", "mamba2.groups", "init_std"}
+    with pytest.raises(ValueError, match=r"(?s)pattern = 'M\*-Z'.*init_std.*groups.*num_kv_heads"):
+        changed(SMALL, changes).build(TorchLayers())
 
 
 def test_fields_of_absent_layer_kinds_are_not_judged():
-    assert faults(pattern="--", num_kv_heads=3, mamba_groups=3, mamba_head_dim=7) == {}
+    assert faults(**{"pattern": "--", "attention.num_kv_heads": 3, "mamba2.groups": 3, "mamba2.head_dim": 7}) == {}
 
 
 def test_head_dim_frees_heads_from_dividing_width():
-    assert faults(num_heads=5, num_kv_heads=1, head_dim=8) == {}
+    assert faults(**{"attention.num_heads": 5, "attention.num_kv_heads": 1, "attention.head_dim": 8}) == {}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"tied_embeddings": False, "mlp_activation": "gelu", "num_kv_heads": None},
+        {"tied_embeddings": False, "mlp.activation": "gelu", "attention.num_kv_heads": None},
         {
-            "mamba_groups": 2,
-            "mamba_expand": 4,
-            "head_dim": 12,
-            "mlp_activation": "relu2",
-            "mlp_hidden_size": 40,
+            "mamba2.groups": 2,
+            "mamba2.expand": 4,
+            "attention.head_dim": 12,
+            "mlp.activation": "relu2",
+            "mlp.hidden_size": 40,
         },
     ],
 )
 def test_cost_matches_the_module_and_the_flop_counter(changes):
-    config = dataclasses.replace(SMALL, mamba_chunk_size=16, **changes)
+    config = changed(SMALL, {"mamba2.chunk_size": 16, **changes})
     model = config.build(TorchLayers())
     length = 48
     cost = model_cost(config, length)
@@ -104,7 +112,7 @@ def test_costs_of_layers_and_ends_add_up_to_the_model():
 
 # ---- layouts
 
-SHARED = dataclasses.replace(SMALL, num_heads=4, num_kv_heads=4, mamba_groups=4, vocab_size=64)
+SHARED = changed(SMALL, {"attention.num_kv_heads": 4, "mamba2.groups": 4, "vocab_size": 64})
 
 
 def layout_faults(config, tensor_parallel=2, sequence_parallel=False, sequence_length=None):
@@ -121,27 +129,38 @@ def test_layouts_that_fit_have_no_violations(tensor_parallel):
     ("changes", "field", "found", "fix"),
     [
         ({"vocab_size": 61}, "vocab_size", 61, "64"),
-        ({"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}, "num_heads", 6, "8"),
-        ({"num_kv_heads": 1}, "num_kv_heads", 1, "4"),
-        ({"mlp_hidden_size": 30}, "mlp_hidden_size", 30, "32"),
-        ({"mamba_groups": 2}, "mamba_groups", 2, "4"),
-        ({"mamba_groups": 1}, "mamba_groups", 1, "single group"),
+        (
+            {"attention.num_heads": 6, "attention.num_kv_heads": 2, "attention.head_dim": 8},
+            "attention.num_heads",
+            6,
+            "8",
+        ),
+        ({"attention.num_kv_heads": 1}, "attention.num_kv_heads", 1, "4"),
+        ({"mlp.hidden_size": 30}, "mlp.hidden_size", 30, "32"),
+        ({"mamba2.groups": 2}, "mamba2.groups", 2, "4"),
+        ({"mamba2.groups": 1}, "mamba2.groups", 1, "single group"),
     ],
 )
 def test_each_count_must_split_over_the_ranks(changes, field, found, fix):
-    config = dataclasses.replace(SHARED, **changes)
+    config = changed(SHARED, changes)
     assert list(config.violations()) == []
     faults = layout_faults(config, 4)
     assert faults[field][0] == found
     assert "4 tensor-parallel ranks" in faults[field][1]
     assert fix in faults[field][2]
-    assert faults.keys() <= {field, "num_kv_heads"}
+    assert faults.keys() <= {field, "attention.num_kv_heads"}
 
 
 def test_layout_faults_are_reported_together_and_only_for_kinds_in_the_pattern():
-    config = dataclasses.replace(SHARED, vocab_size=61, num_kv_heads=1, mamba_groups=1, mamba_head_dim=64)
+    config = changed(SHARED, {"vocab_size": 61, "attention.num_kv_heads": 1, "mamba2.groups": 1, "mamba2.head_dim": 64})
     faults = layout_faults(config, 2, True, 15)
-    assert set(faults) == {"vocab_size", "num_kv_heads", "mamba_groups", "mamba_head_dim", "sequence_length"}
+    assert set(faults) == {
+        "vocab_size",
+        "attention.num_kv_heads",
+        "mamba2.groups",
+        "mamba2.head_dim",
+        "sequence_length",
+    }
     assert "16" in faults["sequence_length"][2]
     assert "sequence_length" not in layout_faults(config, 2, False, 15)
     assert set(layout_faults(dataclasses.replace(config, pattern="--"), 2)) == {"vocab_size"}
@@ -150,15 +169,15 @@ def test_layout_faults_are_reported_together_and_only_for_kinds_in_the_pattern()
 
 def test_published_8b_hybrid_parameter_count():
     pattern = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    config = HybridConfig(
+    config = hybrid(
         pattern=pattern,
         width=4096,
         vocab_size=256_000,
-        num_heads=32,
-        num_kv_heads=8,
-        mamba_groups=8,
-        mlp_hidden_size=16384,
-        mlp_activation="gelu",
+        attention__num_heads=32,
+        attention__num_kv_heads=8,
+        mamba2__groups=8,
+        mlp__hidden_size=16384,
+        mlp__activation="gelu",
         tied_embeddings=False,
     )
     assert list(config.violations()) == []
@@ -168,9 +187,10 @@ def test_published_8b_hybrid_parameter_count():
 @pytest.mark.parametrize(("name", "low", "high"), [("hybrid_3m", 2e6, 3e6), ("hybrid_tiny", 1e4, 1e5)])
 def test_shipped_configurations_are_valid_and_of_the_stated_size(name, low, high):
     fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert fields.pop("_target_") == "pretrain.models.hybrid.config.HybridConfig"
-    config = HybridConfig(**fields)
-    assert list(config.violations()) == []
+    assert fields["_target_"] == "pretrain.models.hybrid.config.HybridConfig"
+    report = Report()
+    config = check_component(fields, "model", report)
+    assert report.violations == []
     assert low < model_cost(config, 512).parameters < high
 
 

@@ -4,30 +4,30 @@ import dataclasses
 
 import pytest
 import torch
+from support.hybrid import changed, hybrid
 from support.logical import logical_tensors
 
 from pretrain.models.generation import generate
-from pretrain.models.hybrid.config import HybridConfig
 from pretrain.parallel.layers import TorchLayers
 
-CONFIG = HybridConfig(
+CONFIG = hybrid(
     pattern="M-M*-",
     width=32,
     vocab_size=61,
-    num_heads=4,
-    num_kv_heads=2,
-    rope_theta=1000.0,
-    mamba_head_dim=8,
-    mamba_state_dim=6,
-    mamba_groups=2,
-    mamba_chunk_size=8,
-    mlp_ratio=2.0,
+    attention__num_heads=4,
+    attention__num_kv_heads=2,
+    attention__rope_theta=1000.0,
+    mamba2__head_dim=8,
+    mamba2__state_dim=6,
+    mamba2__groups=2,
+    mamba2__chunk_size=8,
+    mlp__ratio=2.0,
     init_std=0.2,
 )
 
 
 def make_model(dtype=torch.float64, seed=0, **changes):
-    model = dataclasses.replace(CONFIG, **changes).build(TorchLayers())
+    model = changed(CONFIG, {name.replace("__", "."): value for name, value in changes.items()}).build(TorchLayers())
     model.reset_parameters(seed)
     return model.to(dtype)
 
@@ -68,7 +68,7 @@ def copy_to_nemotron(model, theirs):
 def test_hybrid_matches_transformers_nemotron_h():
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
-    model = make_model(torch.float32, rope_theta=None, mlp_activation="relu2", tied_embeddings=False)
+    model = make_model(torch.float32, attention__rope_theta=None, mlp__activation="relu2", tied_embeddings=False)
     config = NemotronHConfig(
         vocab_size=61,
         hidden_size=32,
@@ -83,7 +83,7 @@ def test_hybrid_matches_transformers_nemotron_h():
         n_groups=2,
         expand=2,
         chunk_size=8,
-        layer_norm_epsilon=CONFIG.norm_eps,
+        layer_norm_epsilon=CONFIG.norm.eps,
         tie_word_embeddings=False,
         attn_implementation="eager",
     )
@@ -137,7 +137,7 @@ def test_no_future_token_changes_a_logit():
 @pytest.mark.parametrize("prompt_length", [1, 2, 9])
 @pytest.mark.parametrize("rope_theta", [None, 1000.0])
 def test_prefill_and_decode_agree_with_the_full_forward_everywhere(prompt_length, rope_theta):
-    model, tokens = make_model(rope_theta=rope_theta), random_tokens(30, 2)
+    model, tokens = make_model(attention__rope_theta=rope_theta), random_tokens(30, 2)
     expected = model(tokens)
     cache = model.init_cache(2, torch.float64, "cpu")
     pieces = [model.prefill(tokens[:prompt_length], cache)]
@@ -235,7 +235,7 @@ def test_components_are_drawn_by_their_own_names():
 
 
 def test_initial_distributions():
-    model = make_model(torch.float32, width=256, mamba_head_dim=2, init_std=0.02)
+    model = make_model(torch.float32, width=256, mamba2__head_dim=2, init_std=0.02)
     mixer = model.layers["0"].mixer
     decay = mixer.A_log.detach().exp()
     assert 1 <= float(decay.min()) < 1.5

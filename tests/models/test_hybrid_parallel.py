@@ -5,26 +5,26 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from support.hybrid import changed, hybrid
 from support.logical import logical_tensors
 from support.tensor_parallel import copy_shares, megatron_layers, parts_of, share, sum_replicated_gradients
 
-from pretrain.models.hybrid.config import HybridConfig
 from pretrain.objectives.config import NextTokenConfig
 from pretrain.parallel.layers import TorchLayers
 from pretrain.parallel.stage import Stage
 
-CONFIG = HybridConfig(
+CONFIG = hybrid(
     pattern="M-M*-",
     width=32,
     vocab_size=64,
-    num_heads=8,
-    num_kv_heads=4,
-    rope_theta=1000.0,
-    mamba_head_dim=8,
-    mamba_state_dim=6,
-    mamba_groups=4,
-    mamba_chunk_size=8,
-    mlp_ratio=2.0,
+    attention__num_heads=8,
+    attention__num_kv_heads=4,
+    attention__rope_theta=1000.0,
+    mamba2__head_dim=8,
+    mamba2__state_dim=6,
+    mamba2__groups=4,
+    mamba2__chunk_size=8,
+    mlp__ratio=2.0,
     init_std=0.2,
 )
 LENGTH = 24
@@ -119,7 +119,7 @@ def test_two_tensor_parallel_ranks_equal_the_whole_model(worker_pools, pattern, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("activation", ["gelu", "relu2"])
 def test_ungated_mlps_in_float32(worker_pools, activation):
-    config = dataclasses.replace(CONFIG, mlp_activation=activation, rope_theta=None)
+    config = changed(CONFIG, {"mlp.activation": activation, "attention.rope_theta": None})
     worker_pools(2, "megatron").run(compare_with_whole, config, activation == "gelu", torch.float32, 2e-5)
 
 

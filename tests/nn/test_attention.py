@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain.nn.attention import Attention
+from pretrain.nn.attention_config import AttentionConfig
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.rope import apply_rotary, rotary_tables
 from pretrain.parallel.layers import TorchLayers
@@ -14,8 +15,9 @@ CPU = torch.device("cpu")
 
 
 def make_attention(num_heads=4, num_kv_heads=2, head_dim=6, width=10, rope_theta=None):
+    config = AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rope_theta=rope_theta)
     torch.manual_seed(0)
-    layer = Attention(TorchLayers(), width, num_heads, num_kv_heads, head_dim, rope_theta).double()
+    layer = Attention(TorchLayers(), width, config).double()
     torch.nn.init.normal_(layer.qkv.weight, std=0.5)
     return layer
 

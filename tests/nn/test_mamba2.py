@@ -6,6 +6,7 @@ import torch
 from pretrain.nn.initialisation import initialise
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.mamba2 import Mamba2Mixer
+from pretrain.nn.mamba2_config import Mamba2Config
 from pretrain.parallel.layers import TorchLayers
 
 CPU = torch.device("cpu")
@@ -16,12 +17,7 @@ def make_mixer(num_groups=1, dtype=torch.float32):
     mixer = Mamba2Mixer(
         TorchLayers(),
         WIDTH,
-        inner=INNER,
-        head_dim=HEAD_DIM,
-        state_dim=STATE,
-        num_groups=num_groups,
-        conv_kernel=KERNEL,
-        chunk_size=8,
+        Mamba2Config(head_dim=HEAD_DIM, state_dim=STATE, groups=num_groups, conv_kernel=KERNEL, chunk_size=8),
         norm_eps=1e-5,
     )
     initialise(mixer, mixer.initialisers(std=0.3, out_std=0.3), seed=0)
@@ -32,10 +28,10 @@ def make_mixer(num_groups=1, dtype=torch.float32):
 
 
 def transformers_mixer(mixer, num_groups):
-    from transformers import Mamba2Config
+    from transformers import Mamba2Config as TheirConfig
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMixer
 
-    config = Mamba2Config(
+    config = TheirConfig(
         num_heads=INNER // HEAD_DIM,
         head_dim=HEAD_DIM,
         hidden_size=WIDTH,
@@ -89,18 +85,13 @@ def test_norm_and_maps_are_per_group():
     mixer = make_mixer(num_groups=2, dtype=torch.float64)
     x = torch.randn(13, 2, WIDTH, dtype=torch.float64)
     y = mixer(x, SequenceLayout(13, 2, CPU))
-    half, maps, heads = INNER // 2, STATE, INNER // HEAD_DIM // 2
+    maps, heads = STATE, INNER // HEAD_DIM // 2
     total = torch.zeros_like(y)
     for group in range(2):
         part = Mamba2Mixer(
             TorchLayers(),
             WIDTH,
-            inner=half,
-            head_dim=HEAD_DIM,
-            state_dim=STATE,
-            num_groups=1,
-            conv_kernel=KERNEL,
-            chunk_size=8,
+            Mamba2Config(expand=1, head_dim=HEAD_DIM, state_dim=STATE, conv_kernel=KERNEL, chunk_size=8),
             norm_eps=1e-5,
         ).double()
 

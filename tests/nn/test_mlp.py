@@ -6,13 +6,14 @@ from transformers.activations import ACT2FN
 
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.mlp import MLP
+from pretrain.nn.mlp_config import MLPConfig
 from pretrain.parallel.layers import TorchLayers
 
 
 @pytest.mark.parametrize(("activation", "theirs"), [("swiglu", "silu"), ("gelu", "gelu"), ("relu2", "relu2")])
 def test_mlp_matches_written_out_layers(activation, theirs):
     torch.manual_seed(0)
-    mlp = MLP(TorchLayers(), 6, 10, activation)
+    mlp = MLP(TorchLayers(), 6, MLPConfig(hidden_size=10, activation=activation))
     x = torch.randn(5, 2, 6)
     weight = mlp.in_proj.weight
     if activation == "swiglu":

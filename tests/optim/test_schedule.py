@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.hybrid import hybrid
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from pretrain.config.schema import OptimizerConfig, ScheduleConfig
-from pretrain.models.hybrid.config import HybridConfig
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.schedule import learning_rate
 from pretrain.parallel.layers import TorchLayers
@@ -44,8 +44,8 @@ def test_stays_at_the_final_value_after_the_horizon() -> None:
 
 def test_dynamics_norms_and_biases_are_not_decayed() -> None:
     """Mamba's authors exempt A_log, D and dt_bias; norms and biases are exempt as usual."""
-    model = HybridConfig(
-        pattern="M*-", width=32, vocab_size=16, num_heads=2, mamba_head_dim=16, mamba_state_dim=8
+    model = hybrid(
+        pattern="M*-", width=32, vocab_size=16, attention__num_heads=2, mamba2__head_dim=16, mamba2__state_dim=8
     ).build(TorchLayers())
     decayed, exempt = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.hybrid import hybrid
 from support.logical import logical_tensors
 from torch import nn
 
@@ -65,18 +66,18 @@ class Case:
                 activation_checkpointing=self.activation_checkpointing,  # type: ignore[arg-type]
             ),
             model=self.model_config
-            or HybridConfig(
+            or hybrid(
                 pattern=PATTERNS[self.model],
                 width=32,
                 vocab_size=VOCABULARY,
-                num_heads=4,
-                num_kv_heads=4,
-                rope_theta=10000.0,
-                mamba_head_dim=16,
-                mamba_state_dim=8,
-                mamba_groups=4,
-                mamba_chunk_size=16,
-                mlp_ratio=2.0,
+                attention__num_heads=4,
+                attention__num_kv_heads=4,
+                attention__rope_theta=10000.0,
+                mamba2__head_dim=16,
+                mamba2__state_dim=8,
+                mamba2__groups=4,
+                mamba2__chunk_size=16,
+                mlp__ratio=2.0,
                 tied_embeddings=self.tied,
             ),
             optimizer=OptimizerConfig(

@@ -1,38 +1,22 @@
-"""Parameters and forward FLOPs of the hybrid language model, from its configuration alone. Torch-free."""
+"""Cost of the hybrid language model, from its configuration alone. Torch-free."""
 
 from __future__ import annotations
 
 from pretrain.models.hybrid.config import HybridConfig
-from pretrain.nn.cost import Cost, attention_cost, linear_cost, mamba2_cost, mlp_cost, norm_cost
+from pretrain.nn.cost import Cost, linear_cost
 
 
-def layer_cost(config: HybridConfig, symbol: str, sequence_length: int) -> Cost:
-    """Cost of one layer (sublayer and its norm) of kind ``symbol`` at sequences of ``sequence_length``
-    tokens.
-    """
-    if symbol == "M":
-        mixer = mamba2_cost(
-            config.width,
-            config.mamba_inner,
-            config.mamba_head_dim,
-            config.mamba_state_dim,
-            config.mamba_groups,
-            config.mamba_conv_kernel,
-            min(config.mamba_chunk_size, sequence_length),
-        )
-    elif symbol == "*":
-        heads, kv_heads, head_dim = config.num_heads, config.attention_kv_heads, config.attention_head_dim
-        mixer = attention_cost(config.width, heads, kv_heads, head_dim, sequence_length)
-    else:
-        mixer = mlp_cost(config.width, config.mlp_hidden, gated=config.mlp_activation == "swiglu")
-    return norm_cost(config.width) + mixer
+def layer_cost(config: HybridConfig, layer: int, sequence_length: int, bytes_per_value: int = 2) -> Cost:
+    """Cost of one layer (sublayer and its norm) in sequences of ``sequence_length`` tokens."""
+    mixer = config.mixer(config.pattern[layer])
+    return Cost(config.width) + mixer.cost(config.place(layer), sequence_length, bytes_per_value)
 
 
-def model_cost(config: HybridConfig, sequence_length: int) -> Cost:
+def model_cost(config: HybridConfig, sequence_length: int, bytes_per_value: int = 2) -> Cost:
     """Cost of the whole model: embedding (no FLOPs), layers, final norm and output head."""
-    total = Cost(config.vocab_size * config.width, 0) + norm_cost(config.width)
+    total = Cost(config.vocab_size * config.width) + Cost(config.width)
     head = linear_cost(config.width, config.vocab_size)
     total += Cost(0, head.flops_per_token) if config.tied_embeddings else head
-    for symbol in config.pattern:
-        total += layer_cost(config, symbol, sequence_length)
+    for layer in range(config.num_layers):
+        total += layer_cost(config, layer, sequence_length, bytes_per_value)
     return total

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.hybrid.config import HybridConfig
-from pretrain.nn.attention import Attention
 from pretrain.nn.block import Block
 from pretrain.nn.initialisation import constant, initialise, normal
 from pretrain.nn.layout import SequenceLayout
-from pretrain.nn.mamba2 import Mamba2Mixer
-from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import RMSNorm
 from pretrain.parallel.layers import ParallelLayers
 from pretrain.parallel.stage import Stage
@@ -61,12 +58,15 @@ class HybridLM(nn.Module):
             self.embedding = layers.embedding(config.vocab_size, width)
         self.layers = nn.ModuleDict(
             {
-                str(i): Block(RMSNorm(layers, width, config.norm_eps), _mixer(config.pattern[i], config, layers))
+                str(i): Block(
+                    RMSNorm(layers, width, config.norm.eps),
+                    config.mixer(config.pattern[i]).build(layers, config.place(i)),
+                )
                 for i in range(self.stage.first, self.stage.stop)
             }
         )
         if self.stage.has_head:
-            self.final_norm = RMSNorm(layers, width, config.norm_eps)
+            self.final_norm = RMSNorm(layers, width, config.norm.eps)
             self.head = None if tied else layers.head(width, config.vocab_size)
         if (shared := self.shared_embedding_weight()) is not None:
             _mark_shared(shared, self.stage)
@@ -194,29 +194,3 @@ def _mark_shared(weight: nn.Parameter, stage: Stage) -> None:
     weight.shared_embedding = True  # type: ignore[attr-defined]
     if not stage.has_embedding:
         weight.shared = True  # type: ignore[attr-defined]  # a copy: left out of the gradient norm
-
-
-def _mixer(symbol: str, config: HybridConfig, layers: ParallelLayers) -> nn.Module:
-    if symbol == "M":
-        return Mamba2Mixer(
-            layers,
-            config.width,
-            inner=config.mamba_inner,
-            head_dim=config.mamba_head_dim,
-            state_dim=config.mamba_state_dim,
-            num_groups=config.mamba_groups,
-            conv_kernel=config.mamba_conv_kernel,
-            chunk_size=config.mamba_chunk_size,
-            norm_eps=config.norm_eps,
-        )
-    if symbol == "*":
-        return Attention(
-            layers,
-            config.width,
-            num_heads=config.num_heads,
-            num_kv_heads=config.attention_kv_heads,
-            head_dim=config.attention_head_dim,
-            rope_theta=config.rope_theta,
-        )
-    assert symbol == "-", f"pattern symbol {symbol!r} passed validation but has no mixer"
-    return MLP(layers, config.width, config.mlp_hidden, config.mlp_activation)
