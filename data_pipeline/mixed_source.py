@@ -10,6 +10,7 @@ from typing import Any
 from data_pipeline.batch import Arrays, concatenate_lean, unpack
 from data_pipeline.mixing import Mixture
 from data_pipeline.quarantine import BadData
+from data_pipeline.source import SourcePart
 from data_pipeline.text_source import Address, TextSource
 
 
@@ -79,6 +80,10 @@ class ChainedSource:
         counts = [source.num_samples or 0 for source in sources]
         self._starts = [0, *accumulate(counts)]
         self.num_samples = self._starts[-1]
+        self.parts = [
+            SourcePart(name, count, source.num_bytes)
+            for name, count, source in zip(self.names, counts, sources, strict=True)
+        ]
         self.num_bytes = sum(source.num_bytes or 0 for source in sources)
         self.fill = sum(source.fill * count for source, count in zip(sources, counts, strict=True)) / max(
             1, self.num_samples

@@ -19,7 +19,8 @@ class SampleSource(Protocol):
     A source may also have: ``lean(indices)``, its rows packed (:mod:`data_pipeline.batch`), which loaders then prefer;
     ``timeline``, a list of entries [from_sample, what], for an order that changes at declared samples;
     ``bad_data``, its policy for damage (:mod:`data_pipeline.quarantine`); ``fill``, the share of positions that hold a
-    target.
+    target; ``parts``, for a finite source, its samples in named runs one after the other, which validation reports one
+    by one. Rows of one part have one length.
     """
 
     @property
@@ -45,6 +46,15 @@ class SampleSource(Protocol):
 
     def close(self) -> None:
         """Release what is held."""
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """A run of samples of a finite source: ``num_bytes`` as that of the source."""
+
+    name: str
+    num_samples: int
+    num_bytes: int | None = None
 
 
 @dataclass(frozen=True)

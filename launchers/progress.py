@@ -235,6 +235,8 @@ def _numbers(state: ProgressState) -> RenderableType:
     add("loss", state.train, "loss", ".4f")
     add("validation loss", state.evaluation, "validation_loss", ".4f")
     add("bits per byte", state.evaluation, "validation_bits_per_byte", ".4f")
+    add("accuracy", state.evaluation, "validation_accuracy", ".4f")
+    add("exact match", state.evaluation, "validation_exact_match", ".4f")
     add("tokens/s", state.train, "tokens_per_s", ",.0f")
     add("learning rate", state.train, "learning_rate", ".2e")
     add("gradient norm", state.train, "grad_norm", ".3f")

@@ -245,6 +245,23 @@ class RunDir:
                 "run on the new data."
             )
 
+    def check_initial_weights(self, folder: str, digest: str) -> None:
+        """Freezes which weights the run begins with at the first start and compares them at every later one.
+
+        Safe to call from all ranks at once. Raises RunDirectoryError when the folder holds other weights since.
+        """
+        frozen = self._frozen_once("initial_weights.json", {"folder": folder, "digest": digest})
+        if frozen["digest"] != digest:
+            raise RunDirectoryError(
+                f"{self.path}: the run began with weights of digest {frozen['digest']}, {folder} now has {digest}. "
+                "Restore them, or start a new run."
+            )
+
+    def initial_weights(self) -> dict[str, str] | None:
+        """Folder and digest of the weights that the run began with; None when they came from its seed."""
+        path = self.path / "initial_weights.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
     def _frozen_once(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         path = self.path / name
         with contextlib.suppress(FileExistsError):

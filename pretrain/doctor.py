@@ -172,11 +172,12 @@ def _megatron() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
+    """Libraries with GPU kernels, and which of them (or torch) computes each operation of a model on a GPU."""
     for distribution, module, needed_for in (
-        ("mamba-ssm", "mamba_ssm", "fast Mamba on GPU (planned; this release uses its torch kernels)"),
-        ("causal-conv1d", "causal_conv1d", "the same"),
-        ("flash-attn", "flash_attn", "fast packed attention on GPU (planned; this release uses torch's)"),
-        ("flash-linear-attention", "fla", "fast Mamba on GPU (planned)"),
+        ("mamba-ssm", "mamba_ssm", "fast Mamba and Mamba-2 on GPU"),
+        ("causal-conv1d", "causal_conv1d", "the convolution of Mamba layers on GPU"),
+        ("flash-attn", "flash_attn", "packed attention on GPU; torch's own kernels serve without it"),
+        ("flash-linear-attention", "fla", "Mamba-2 on GPU where mamba-ssm is not installed"),
         ("triton", "triton", "torch.compile and the kernel packages above"),
     ):
         version = _version(distribution)
@@ -184,6 +185,30 @@ def _kernels() -> Iterator[Finding]:
             yield Finding("GPU kernels", distribution, "missing", "not installed", needed_for)
         else:
             yield Finding("GPU kernels", distribution, "ok", version, needed_for)
+    yield from _back_ends()
+
+
+def _back_ends() -> Iterator[Finding]:
+    import torch
+
+    from pretrain.ops.backends import VARIABLE, choices
+
+    needed_for = f"{VARIABLE} chooses another: auto, torch, mamba_ssm, fla"
+    if not torch.cuda.is_available():
+        wanted = os.environ.get(VARIABLE) or "auto"
+        if wanted in ("auto", "torch"):
+            yield Finding("back ends", "all operations", "ok", "torch: there is no GPU here", needed_for)
+        else:
+            detail = f"{VARIABLE}={wanted}, but there is no GPU here: models with Mamba layers will refuse to run"
+            yield Finding("back ends", "all operations", "warn", detail, needed_for)
+        return
+    try:
+        found = choices()
+    except ValueError as error:
+        yield Finding("back ends", VARIABLE, "warn", str(error), needed_for)
+        return
+    for choice in found:
+        yield Finding("back ends", choice.operation, "ok", f"{choice.backend}: {choice.reason}", needed_for)
 
 
 def _slurm() -> Iterator[Finding]:

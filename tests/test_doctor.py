@@ -86,6 +86,36 @@ def test_megatrons_version_decides_whether_its_engine_can_be_used(
         assert not finding.required  # DeepSpeed trains without it
 
 
+def test_back_ends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pretrain.ops import backends
+
+    def found() -> dict[str, tuple[str, str]]:
+        backends._choose.cache_clear()
+        return {finding.item: (finding.status, finding.detail) for finding in doctor._back_ends()}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    assert found() == {"all operations": ("ok", "torch: there is no GPU here")}
+    monkeypatch.setenv(backends.VARIABLE, "mamba_ssm")
+    status, detail = found()["all operations"]
+    assert status == "warn"
+    assert "PRETRAIN_KERNELS=mamba_ssm, but there is no GPU" in detail
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_load", lambda adapter: (None, f"{adapter.distribution} is not installed"))
+    status, detail = found()[backends.VARIABLE]
+    assert status == "warn"
+    assert "pip install mamba-ssm" in detail
+    monkeypatch.setenv(backends.VARIABLE, "auto")
+    assert found()["ssd"] == ("ok", "torch: mamba-ssm is not installed; flash-linear-attention is not installed")
+    assert set(found()) == set(backends.KERNELS)
+    monkeypatch.setattr(backends, "_load", lambda adapter: (print, f"{adapter.distribution} 9"))
+    assert found()["causal_conv"] == ("ok", "mamba_ssm: causal_conv1d_fn of causal-conv1d 9")
+    backends._choose.cache_clear()
+
+
 def test_the_report_imports_no_engine() -> None:
     code = (
         "import sys, pathlib, pretrain.doctor as d; d.report(pathlib.Path('.'));"

@@ -69,7 +69,7 @@ def convert_checkpoint(source: Path, target: Path, *, version: int = VERSION, nu
         manifest = Manifest(reader.manifest.step, tensors, files, reader.training, version)
         atomic_write_text(folder / MANIFEST_NAME, manifest.to_json())
 
-    return _publish(target, write)
+    return publish_folder(target, write)
 
 
 def export_weights(source: Path, target: Path, *, dtype: str | None = None, num_files: int = 1) -> list[Path]:
@@ -103,7 +103,7 @@ def export_weights(source: Path, target: Path, *, dtype: str | None = None, num_
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             atomic_write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
-    return _publish(target, write)
+    return publish_folder(target, write)
 
 
 def _check_target(source: Path, target: Path, num_files: int) -> None:
@@ -139,7 +139,7 @@ def _data(reader: CheckpointReader, copies: list[_Copy]) -> Iterator[Tensor]:
         yield as_bytes(reader.tensor(copy.name, copy.slot).to(DTYPES[copy.stored.dtype]))
 
 
-def _publish(target: Path, write: Callable[[Path], None]) -> list[Path]:
+def publish_folder(target: Path, write: Callable[[Path], None]) -> list[Path]:
     """Call ``write(folder)`` on a temporary folder beside ``target`` and rename it when it is complete."""
     temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
     try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", help="run directory")
+    parser.add_argument("run_dir", help="run directory, or a folder written by `pretrain import`")
     parser.add_argument("--prompt", default="def ", help="text to continue (default: %(default)r)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate at most (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token")
@@ -27,30 +31,59 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _complete(arguments: argparse.Namespace) -> str:
-    from launchers.run_dir import RunDir
-    from pretrain.checkpoint.manifest import CheckpointError
     from pretrain.checkpoint.reader import CheckpointReader, load_weights
-    from pretrain.checkpoint.store import CheckpointStore, verify
-    from pretrain.config.check import check
+    from pretrain.checkpoint.store import verify
     from pretrain.config.components import build_component
+    from pretrain.exchange.imported import is_imported
     from pretrain.parallel.layers import TorchLayers
     from pretrain.training.sampling import TextSampler
 
-    run_dir = RunDir.open(arguments.run_dir)
-    config = check(run_dir.config())
-    folder = CheckpointStore(run_dir.checkpoints_path).select(arguments.checkpoint)
-    if folder is None:
-        raise CheckpointError(f"{run_dir.path} has no checkpoint yet; train it with `pretrain resume`")
-    verify(folder)
-    model = build_component(config.model, layers=TorchLayers())
+    path = Path(arguments.run_dir)
+    source = _of_import(path, arguments.checkpoint) if is_imported(path) else _of_run(path, arguments.checkpoint)
+    verify(source.checkpoint)
+    model = build_component(source.model, layers=TorchLayers())
     if not TextSampler.supports(model):
         raise ValueError(
             f"{type(model).__name__} cannot generate: it needs the methods init_cache, prefill and decode "
             "(see pretrain.models.generation.RecurrentLM)"
         )
-    tokenizer = build_component(config.data, seed=config.run.seed).tokenizer_path
+    tokenizer = source.tokenizer()
     if tokenizer is None:
         raise ValueError("the run's data source has no tokenizer, so there is no text to generate")
-    load_weights(model, CheckpointReader(folder))
+    load_weights(model, CheckpointReader(source.checkpoint))
     sampler = TextSampler(tokenizer, temperature=arguments.temperature, top_k=arguments.top_k)
     return sampler.complete(model, arguments.prompt, arguments.tokens, seed=arguments.seed)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint, the model that it holds, and where its tokenizer is found (asked once the model is built)."""
+
+    checkpoint: Path
+    model: Any
+    tokenizer: Callable[[], str | Path | None]
+
+
+def _of_run(path: Path, choice: str | None) -> _Source:
+    from launchers.run_dir import RunDir
+    from pretrain.checkpoint.manifest import CheckpointError
+    from pretrain.checkpoint.store import CheckpointStore
+    from pretrain.config.check import check
+    from pretrain.config.components import build_component
+
+    run_dir = RunDir.open(path)
+    config = check(run_dir.config())
+    folder = CheckpointStore(run_dir.checkpoints_path).select(choice)
+    if folder is None:
+        raise CheckpointError(f"{run_dir.path} has no checkpoint yet; train it with `pretrain resume`")
+    return _Source(folder, config.model, lambda: build_component(config.data, seed=config.run.seed).tokenizer_path)
+
+
+def _of_import(path: Path, choice: str | None) -> _Source:
+    from pretrain.checkpoint.locate import checkpoint_folder
+    from pretrain.checkpoint.manifest import CheckpointError
+    from pretrain.exchange.imported import imported_model, imported_tokenizer
+
+    if choice is not None:
+        raise CheckpointError(f"{path} is one checkpoint; --checkpoint chooses among those of a run directory")
+    return _Source(checkpoint_folder(path), imported_model(path), lambda: imported_tokenizer(path))

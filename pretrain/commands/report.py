@@ -67,7 +67,9 @@ def print_report(run: RunDir, config: Config) -> None:
             "training loss", f"{summary['loss_start']:.3f} at the start, {summary['loss_end']:.3f} at the end"
         )
     if "validation_loss" in summary:
-        table.add_row("validation loss", f"{summary['validation_loss']:.3f} nats per token")
+        table.add_row("validation loss", _described(summary, "validation_"))
+    for row, part in enumerate(_parts(summary)):
+        table.add_row("of its parts" if row == 0 else "", f"{part}: {_described(summary, f'validation/{part}/')}")
     for row, (label, value) in enumerate(_bits_per_byte(summary)):
         table.add_row("held-out text" if row == 0 else "", f"{value:.3f} bits per byte, {label}")
     if "tokens_per_s" in summary:
@@ -91,6 +93,25 @@ def print_report(run: RunDir, config: Config) -> None:
     commands += [f"checkpoint verify {here}", "config check experiment=demo model.num_heads=7 train.stepz=9"]
     for command in commands:
         console.print(f"  {program()} {command}", soft_wrap=True)
+
+
+def _described(summary: dict[str, Any], prefix: str) -> str:
+    """Figures of the validation split or of one part of it, as far as there are."""
+    words = [f"{summary[prefix + 'loss']:.3f} nats per token"]
+    if prefix + "perplexity" in summary:
+        words.append(f"perplexity {float(summary[prefix + 'perplexity']):,.2f}")
+    if prefix != "validation_" and prefix + "bits_per_byte" in summary:
+        words.append(f"{summary[prefix + 'bits_per_byte']:.3f} bits per byte")
+    for name, label in (("accuracy", "accuracy"), ("exact_match", "exact match")):
+        if prefix + name in summary:
+            words.append(f"{label} {summary[prefix + name]:.1%}")
+    return ", ".join(words)
+
+
+def _parts(summary: dict[str, Any]) -> list[str]:
+    """Names of the parts of the validation split that were reported, in their order."""
+    named = [name.split("/") for name in summary if name.startswith("validation/") and name.endswith("/loss")]
+    return ["/".join(words[1:-1]) for words in named]
 
 
 def _bits_per_byte(summary: dict[str, Any]) -> list[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,11 @@ def _run(arguments: argparse.Namespace) -> int:
     tree, config = load_run_config(arguments.overrides, arguments.config_dir)
     tree = freeze_components(frozen_for_new_run(tree), config)
     config = check(tree)
+    is_new = arguments.run_dir is None or not (Path(arguments.run_dir) / "config.yaml").is_file()
+    if config.train.init_from is not None and is_new:
+        from pretrain.training.initial_weights import check_initial_weights
+
+        check_initial_weights(config)
     run_dir = RunDir.create(tree, root=config.run.root, name=config.run.name, path=arguments.run_dir)
     with Lease.acquire(run_dir) as lease:
         if not run_dir.created:

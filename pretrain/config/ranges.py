@@ -53,6 +53,8 @@ RANGES: Final[dict[str, Range]] = {
     "train.sample_interval": COUNT,
     "train.sample_tokens": POSITIVE_COUNT,
     "optimizer.learning_rate": POSITIVE,
+    "optimizer.momentum": BETA,
+    "optimizer.newton_schulz_steps": Range(low=1, high=20),
     "optimizer.betas[0]": BETA,
     "optimizer.betas[1]": BETA,
     "optimizer.eps": POSITIVE,

@@ -43,6 +43,10 @@ class TrainConfig:
     backward pass. Of the checkpoints, the newest ``keep_checkpoints`` stay, those of steps that ``keep_every`` divides
     (0: none), and the ``keep_best`` with the lowest validation loss. With ``async_checkpoints`` training goes on while
     a background thread writes. ``trace`` records digests of samples, randomness and state at every step.
+
+    ``init_from`` is the folder of a checkpoint, or one written by ``pretrain import``, whose weights the run begins
+    with (None: initial weights from the seed); optimizer state starts anew. Its digest is kept, and it is not read
+    again once the run has a checkpoint of its own.
     """
 
     steps: int = field(default=100, metadata=EXTENDABLE)
@@ -61,6 +65,7 @@ class TrainConfig:
     async_checkpoints: bool = field(default=True, metadata=EXTENDABLE)
     activation_checkpointing: Literal["none", "layers"] = field(default="none", metadata=EXTENDABLE)
     trace: bool = field(default=False, metadata=EXTENDABLE)
+    init_from: str | None = None
     sample_interval: int = field(default=0, metadata=EXTENDABLE)
     sample_prompts: list[str] = field(default_factory=list, metadata=EXTENDABLE)
     sample_tokens: int = field(default=64, metadata=EXTENDABLE)
@@ -90,6 +95,31 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon (https://kellerjordan.github.io/posts/muon/) for matrices between hidden features, AdamW for all the rest.
+
+    Updates of matrices are scaled as in Moonlight (arXiv 2502.16982), so that ``learning_rate`` and ``weight_decay``
+    are those of AdamW and hold for both. ``momentum`` decays the gradients that are orthogonalised, by
+    ``newton_schulz_steps`` rounds of a Newton-Schulz iteration computed in ``newton_schulz_precision``. ``betas`` and
+    ``eps`` are AdamW's.
+    """
+
+    name: Literal["muon"] = "muon"
+    learning_rate: float = 3e-4
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    newton_schulz_precision: Literal["fp32", "bf16"] = "fp32"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+OptimizerChoice = OptimizerConfig | MuonConfig
+"""One of the optimizers, told apart by ``name``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +210,7 @@ class Config:
     model: Any = None
     data: Any = None
     objective: Any = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerChoice = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=DeepSpeedConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

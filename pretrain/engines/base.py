@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.nn.auxiliary import LayerReport
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Callable[..., Tensor], Batch], Any]
@@ -21,13 +22,23 @@ class StepResult:
     """Outcome of one optimizer step on this rank.
 
     ``loss_sum`` is the sum of nats over this rank's target tokens; ``grad_norm`` is the global norm before clipping;
-    ``seconds`` holds the wall time of ``forward``, ``backward`` and ``optimizer``.
+    ``seconds`` holds the wall time of ``forward``, ``backward`` and ``optimizer``. ``layers`` is what layers of this
+    rank count by themselves (routers), on every rank of a model that has such layers.
     """
 
     loss_sum: float
     grad_norm: float
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    layers: LayerReport | None = None
+
+
+@dataclass
+class EvalResult:
+    """Sums over the target tokens of one batch: of the loss (nats), and of what else the objective reports."""
+
+    loss_sum: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -56,8 +67,8 @@ class Engine(Protocol):
         """
         ...
 
-    def eval_step(self, batch: Batch, loss: LossFunction) -> float:
-        """Loss sum (nats) of one batch, without gradients; 0 where the rank is no data leader.
+    def eval_step(self, batch: Batch, loss: LossFunction) -> EvalResult:
+        """Sums of one batch, without gradients; all 0, under the same names, where the rank is no data leader.
 
         Collective: every rank calls it equally often, with a batch of the same number of rows.
         """

@@ -1,4 +1,4 @@
-"""DeepSpeed engine: ZeRO stages 0 to 3 with torch's AdamW, on CUDA with NCCL or on CPU with gloo."""
+"""DeepSpeed engine: ZeRO stages 0 to 3 with torch's AdamW or Muon, on CUDA with NCCL or on CPU with gloo."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.schema import Config, DeepSpeedConfig
 from pretrain.engines.activation_checkpointing import set_activation_checkpointing
-from pretrain.engines.base import Batch, LossFunction, StepResult
+from pretrain.engines.base import Batch, EvalResult, LossFunction, StepResult
 from pretrain.engines.clock import Clock
 from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
 from pretrain.engines.flat_state import full_precision_values
+from pretrain.engines.full_precision import FullPrecision
+from pretrain.nn.auxiliary import AuxiliaryLosses
 from pretrain.optim.build import build_optimizer
 from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
+from pretrain.parallel.process import gather_objects
 
 
 class DeepSpeedEngine:
@@ -44,7 +47,9 @@ class DeepSpeedEngine:
         self.is_data_leader = True
         self.dp_rank = torch.distributed.get_rank()
         self.dp_size = torch.distributed.get_world_size()
-        masters = full_precision_values(model) if config.train.precision == "bf16" else None
+        is_bf16 = config.train.precision == "bf16"
+        masters = full_precision_values(model) if is_bf16 else {}
+        self._full_precision = FullPrecision(model, device) if is_bf16 else None
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optimizer),
@@ -56,9 +61,12 @@ class DeepSpeedEngine:
         self.module = None if self._stage == 3 else self._model
         self._clip_norm = config.train.clip_grad_norm
         self.num_parameters = num_parameters
+        self._auxiliary = AuxiliaryLosses([self._model], gather_objects)
         self._state = DeepSpeedState(self._engine, self._stage, self.dp_rank, self.dp_size)
-        if masters is not None:
+        self._state.attach_muon(device)
+        if is_bf16:
             self._state.set_masters(masters)
+        self._refresh()
 
     def train_step(
         self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
@@ -70,6 +78,7 @@ class DeepSpeedEngine:
         clock = Clock(self.device)
         # DeepSpeed averages gradients over data-parallel ranks; ours is a sum over one global denominator.
         scale = self.dp_size / denominator
+        self._auxiliary.set_scale(scale)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         metrics: dict[str, torch.Tensor] = {}
         last = len(microbatches) - 1
@@ -86,6 +95,7 @@ class DeepSpeedEngine:
                 engine.step()
         grad_norm = self._clip() if self._stage == 0 else None
         engine.step()
+        self._refresh()
         if grad_norm is None:
             grad_norm = float(engine.get_global_grad_norm())
         # As in torch's DistributedDataParallel, running statistics are those of rank 0: one copy is the state.
@@ -97,6 +107,7 @@ class DeepSpeedEngine:
             grad_norm=grad_norm,
             metrics={name: float(value) for name, value in metrics.items()},
             seconds=clock.seconds(),
+            layers=self._auxiliary.report(),
         )
 
     def _clip(self) -> float:
@@ -105,10 +116,11 @@ class DeepSpeedEngine:
         return float(nn.utils.clip_grad_norm_(trained, self._clip_norm or math.inf))
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch, loss: LossFunction) -> float:
+    def eval_step(self, batch: Batch, loss: LossFunction) -> EvalResult:
         self._model.eval()
         # At stage 3 DeepSpeed's wrapper gathers the parameters of each layer for its forward pass.
-        return float(loss(self._engine if self._stage == 3 else self._model, batch).loss_sum)
+        output = loss(self._engine if self._stage == 3 else self._model, batch)
+        return EvalResult(float(output.loss_sum), {name: float(value) for name, value in output.metrics.items()})
 
     def export_state(self) -> Iterator[Fragment]:
         return self._state.export()
@@ -118,6 +130,12 @@ class DeepSpeedEngine:
 
     def import_state(self, reader: CheckpointReader) -> None:
         self._state.load(reader, reader.training["optimizer_scalars"])
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let the forward pass read the present masters of parameters that stay in FP32."""
+        if self._full_precision is not None:
+            self._full_precision.refresh(self._state.master)
 
 
 def _prepare(model: nn.Module, config: Config) -> None:

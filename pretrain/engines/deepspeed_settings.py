@@ -89,6 +89,9 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+    if config.optimizer.name == "muon":
+        # DeepSpeed knows AdamW by its very class and asks for a word on any other.
+        settings["zero_allow_untested_optimizer"] = True
     if train.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         # Sums of bf16 gradients over micro-batches and ranks lose bits that FP32 keeps.

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, check_model, load_weights
 from pretrain.engines.deepspeed_partitions import LocalShare, ShardedParameters, partitions
-from pretrain.engines.flat_state import MOMENTS, STEP, cut, paste, step_count
+from pretrain.engines.flat_state import STEP, cut, flat_slots, paste, start_state, step_count
+from pretrain.optim.build import muon_parameters
+from pretrain.optim.exchange import Share
+from pretrain.optim.muon import MuonAdamW
 from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
 from pretrain.parallel.shard import Shard
 
@@ -32,6 +35,7 @@ class DeepSpeedState:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._partitions = partitions(engine.optimizer, stage, dp_rank)
+        self._by_name = {p.module_name: p for p in canonical_parameters(self._module)}
 
     def export(self) -> Iterator[Fragment]:
         """Fragments of this rank: masters, every flat optimizer slot, frozen weights, buffers."""
@@ -50,7 +54,7 @@ class DeepSpeedState:
                 yield Fragment(name, "buffer", shape, 0, buffer.reshape(-1), Shard.whole(shape))
 
     def scalars(self) -> dict[str, float]:
-        """Adam's step count, 0 before the first step."""
+        """The optimizer's step count, 0 before the first step."""
         return step_count(self._partitions.optimizer.state.values())
 
     @torch.no_grad()
@@ -66,7 +70,9 @@ class DeepSpeedState:
         else:
             load_weights(self._module, reader)
         if scalars[STEP] > 0:
-            self._start_moments(scalars[STEP])
+            # Padding included, of which a rank may have nothing else.
+            for key in self._partitions.state_keys():
+                start_state(self._partitions.optimizer, key, scalars[STEP])
         for parameter in canonical_parameters(self._module):
             if not parameter.tensor.requires_grad:
                 if isinstance(parts, ShardedParameters):
@@ -95,14 +101,24 @@ class DeepSpeedState:
                 source = values[parameter.module_name].reshape(-1)
                 share.master.copy_(source[share.start : share.start + share.master.numel()])
 
-    def _start_moments(self, step: float) -> None:
-        """Adam's state as it is after ``step`` steps with zero moments, padding included."""
+    def master(self, module_name: str) -> tuple[int, Tensor] | None:
+        """First flat element and values of what this rank holds of a trained parameter's master, None for nothing."""
+        share = self._partitions.share(self._by_name[module_name])
+        return None if share is None else (share.start, share.master)
+
+    def attach_muon(self, device: torch.device) -> None:
+        """Tell Muon, if it is the optimizer, where its matrices lie. Collective."""
         optimizer = self._partitions.optimizer
-        for key in self._partitions.state_keys():
-            state = optimizer.state[key]
-            state[STEP] = torch.tensor(step, dtype=torch.float32)
-            for slot in MOMENTS:
-                state[slot] = torch.zeros_like(key, memory_format=torch.preserve_format)
+        if not isinstance(optimizer, MuonAdamW):
+            return
+        shares = [
+            Share(parameter, share.start, share.master.numel(), share.state_key, share.offset)
+            for parameter in muon_parameters(self._module)
+            if (share := self._partitions.share(parameter)) is not None
+        ]
+        # From stage 1 on DeepSpeed may step one flat tensor after the other.
+        turns = list(self._partitions.state_keys()) if self._stage else None
+        optimizer.attach(shares, torch.distributed.group.WORLD, device, turns)
 
     def _frozen(self, parameter: CanonicalParameter) -> tuple[int, Tensor]:
         """First flat element and values that this rank answers for of a parameter that is not trained."""
@@ -116,7 +132,5 @@ class DeepSpeedState:
         return start, replica[start:stop]
 
     def _flat_slots(self, share: LocalShare) -> Iterator[tuple[str, Tensor]]:
-        state = self._partitions.optimizer.state.get(share.state_key, {})
-        for slot, value in state.items():
-            if torch.is_tensor(value) and value.shape == share.state_key.shape:
-                yield slot, value.view(-1)[share.offset : share.offset + share.master.numel()]
+        for slot, values in flat_slots(self._partitions.optimizer, share.state_key):
+            yield slot, values[share.offset : share.offset + share.master.numel()]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, weight_slot
+from pretrain.optim.muon import MuonAdamW
 from pretrain.parallel.canonical import CanonicalParameter, Part, canonical_parameters
 
 STEP = "step"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""torch's names for AdamW's state."""
+"""Every state's count of steps; the others are flat."""
 
 
 def full_precision_values(model: nn.Module) -> dict[str, Tensor]:
@@ -22,8 +23,25 @@ def full_precision_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step_count(states: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """AdamW's step count from its states by tensor, 0 before the first step."""
+    """The optimizer's step count from its states by tensor, 0 before the first step."""
     return {STEP: next((float(state[STEP]) for state in states if STEP in state), 0.0)}
+
+
+def start_state(optimizer: torch.optim.Optimizer, key: Tensor, step: float) -> tuple[str, ...]:
+    """Give the tensor ``key`` the state that it has after ``step`` steps, with zero moments; returns their names."""
+    slots = optimizer.slots(key) if isinstance(optimizer, MuonAdamW) else ("exp_avg", "exp_avg_sq")
+    state = optimizer.state[key]
+    state[STEP] = torch.tensor(step, dtype=torch.float32)
+    for slot in slots:
+        state[slot] = torch.zeros_like(key, memory_format=torch.preserve_format)
+    return slots
+
+
+def flat_slots(optimizer: torch.optim.Optimizer, key: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """State of the tensor ``key`` that has a number for each of its elements: names and flat values."""
+    for slot, value in optimizer.state.get(key, {}).items():
+        if torch.is_tensor(value) and value.shape == key.shape and slot != STEP:
+            yield slot, value.view(-1)
 
 
 def cut(parameter: CanonicalParameter, slot: str, start: int, values: Tensor) -> Iterator[Fragment]:

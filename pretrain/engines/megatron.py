@@ -21,13 +21,16 @@ from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.layout import model_parallel_size
 from pretrain.config.schema import Config, MegatronConfig
 from pretrain.engines.activation_checkpointing import set_activation_checkpointing
-from pretrain.engines.base import Batch, LossFunction, StepResult
+from pretrain.engines.base import Batch, EvalResult, LossFunction, StepResult
 from pretrain.engines.clock import Clock
 from pretrain.engines.flat_state import full_precision_values
 from pretrain.engines.megatron_chunk import PipelineChunk, StageModel, StageOutput, zero_tokens
 from pretrain.engines.megatron_settings import megatron_settings
 from pretrain.engines.megatron_state import MegatronState
-from pretrain.optim.build import is_exempt
+from pretrain.nn.auxiliary import AuxiliaryLosses
+from pretrain.optim.build import optimizer_of
+from pretrain.optim.matrices import is_exempt, mark_embeddings, takes_muon
+from pretrain.optim.muon import IS_MUON
 from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 from pretrain.parallel.megatron_groups import start_model_parallel
 from pretrain.parallel.megatron_import import import_megatron
@@ -80,7 +83,7 @@ class MegatronEngine:
         ties = config.engine.pipeline_parallel > 1 and bool(getattr(config.model, "tied_embeddings", False))
         self._chunks: list[Any] = []
         for number, (module, stage) in enumerate(zip(modules, stages[pipeline_rank], strict=True)):
-            module.to(device=device, dtype=torch.bfloat16 if masters is not None else torch.float32)
+            _cast(module, device, torch.bfloat16 if masters is not None else torch.float32)
             chunk = PipelineChunk(module, stage, megatron_config, ties)
             self._chunks.append(
                 DistributedDataParallel(
@@ -95,15 +98,17 @@ class MegatronEngine:
         if config.engine.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self._chunks]
             megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._optimizer = _build_optimizer(settings["optimizer"], self._chunks)
+        self._optimizer = _build_optimizer(settings["optimizer"], self._chunks, config)
         self._state = MegatronState(modules, self._optimizer, self.dp_rank, self._tp_rank)
+        self._state.attach_muon(parallel_state.get_tensor_and_data_parallel_group(), device)
         if masters is not None:
             self._state.set_masters(masters)
         self._schedule = get_forward_backward_func()
         self._weight_decay = config.optimizer.weight_decay
         self._fill = config.engine.pipeline_parallel if config.engine.virtual_pipeline > 1 else 1
-        self._metric_names: list[str] | None = None
+        self._metric_names: dict[bool, list[str]] = {}  # by whether they are those of training
         self.module: nn.Module | None = modules[0] if model_parallel_size(config.engine) == 1 else None
+        self._auxiliary = AuxiliaryLosses(modules, gather_objects)
         self.num_parameters = _count_parameters(modules, self.dp_rank, self._tp_rank)
 
     def train_step(
@@ -117,16 +122,24 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        # As the objective's loss in `_run`; Megatron multiplies by nothing (calculate_per_token_loss, zero_tokens).
+        self._auxiliary.set_scale(1.0 / denominator)
         outputs = self._run(microbatches, loss, denominator, forward_only=False)
         clock.lap("forward_backward")
         _, grad_norm, _ = self._optimizer.step()
         self._share_buffers()
         clock.lap("optimizer")
-        loss_sum, metrics = self._sums(outputs)
-        return StepResult(loss_sum=loss_sum, grad_norm=float(grad_norm), metrics=metrics, seconds=clock.seconds())
+        loss_sum, metrics = self._sums(outputs, training=True)
+        return StepResult(
+            loss_sum=loss_sum,
+            grad_norm=float(grad_norm),
+            metrics=metrics,
+            seconds=clock.seconds(),
+            layers=self._auxiliary.report(),
+        )
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch, loss: LossFunction) -> float:
+    def eval_step(self, batch: Batch, loss: LossFunction) -> EvalResult:
         for chunk in self._chunks:
             chunk.eval()
             if self._overlaps_gather:
@@ -136,7 +149,7 @@ class MegatronEngine:
         for chunk in self._chunks:
             if self._overlaps_gather:
                 chunk.enable_forward_pre_hook()
-        return self._sums(outputs[:1])[0]
+        return EvalResult(*self._sums(outputs[:1], training=False))
 
     def export_state(self) -> Iterator[Fragment]:
         return self._state.export()
@@ -180,13 +193,13 @@ class MegatronEngine:
             )
         )
 
-    def _sums(self, outputs: list[Any]) -> tuple[float, dict[str, float]]:
+    def _sums(self, outputs: list[Any], *, training: bool) -> tuple[float, dict[str, float]]:
         """Sums of losses and metrics over micro-batches on the data leader; zeros under the same names elsewhere."""
-        if self._metric_names is None:
+        if training not in self._metric_names:
             names = gather_objects(sorted(outputs[0].metrics) if self.is_data_leader else None)
-            self._metric_names = next(given for given in names if given is not None)
+            self._metric_names[training] = next(given for given in names if given is not None)
         if not self.is_data_leader:
-            return 0.0, dict.fromkeys(self._metric_names, 0.0)
+            return 0.0, dict.fromkeys(self._metric_names[training], 0.0)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         metrics: dict[str, Tensor] = {}
         for output in outputs:
@@ -238,20 +251,46 @@ def _with_dtypes(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     }
 
 
-def _build_optimizer(fields: dict[str, Any], chunks: list[Any]) -> Any:
-    """Megatron's optimizer over torch's AdamW, decayed as everywhere in this platform."""
+def _cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the module; parameters that the forward pass reads in FP32 keep it, which Megatron's buffers allow."""
+    kept = [(p, p.data) for p in module.parameters() if _keeps_fp32(p)]
+    module.to(device=device, dtype=dtype)
+    for parameter, values in kept:
+        parameter.data = values.to(device)
+
+
+def _keeps_fp32(parameter: Tensor) -> bool:
+    return parameter.requires_grad and getattr(parameter, "keep_fp32", False)
+
+
+def _build_optimizer(fields: dict[str, Any], chunks: list[Any], config: Config) -> Any:
+    """Megatron's optimizer over torch's AdamW, or Muon, with the parameter groups of everywhere in this platform."""
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-    # Fused Adams of Transformer Engine and Apex keep other state; torch's repeats a run bit for bit.
-    previous = megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    overrides: dict[Any, Any] = {ParamKey(predicate=ParamPredicate("exempt", is_exempt)): {"wd_mult": 0.0}}
+    if config.train.precision == "bf16":
+        # The distributed optimizer mixes up the order of FP32 and bf16 parameters of one group.
+        overrides[ParamKey(predicate=ParamPredicate("kept", _keeps_fp32))] = {"is_fp32": True}
+    if config.optimizer.name == "muon":
+        for chunk in chunks:
+            mark_embeddings(chunk)
+        overrides[ParamKey(predicate=ParamPredicate("muon", takes_muon))] = {IS_MUON: True}
+
+    def build(params: list[dict[str, Any]], *, adam_w_mode: bool, **ignored: Any) -> torch.optim.Optimizer:
+        assert adam_w_mode
+        return optimizer_of(params, config.optimizer)
+
+    # Fused Adams of Transformer Engine and Apex keep other state; torch's repeats a run bit for bit. Where Megatron has
+    # found one, it takes what stands under this name.
+    previous = megatron_optimizer.USING_PYTORCH_OPTIMIZER, megatron_optimizer.Adam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER, megatron_optimizer.Adam = False, build
     try:
         return megatron_optimizer.get_megatron_optimizer(
             megatron_optimizer.OptimizerConfig(**fields),
             chunks,
-            config_overrides={ParamKey(predicate=ParamPredicate("exempt", is_exempt)): {"wd_mult": 0.0}},
+            config_overrides=overrides,
             use_gloo_process_groups=False,
         )
     finally:
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = previous
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER, megatron_optimizer.Adam = previous

@@ -52,7 +52,7 @@ _OWNED: dict[str, dict[str, str]] = {
         "bf16": "train.precision",
         "fp16": "train.precision",
         "params_dtype": "train.precision",
-        "pipeline_dtype": "train.precision",
+        "pipeline_dtype": "train.precision or model.residual_fp32",
         "use_cpu_initialization": "launcher.device",
     },
     "ddp": {
@@ -170,7 +170,8 @@ def megatron_settings(config: Config) -> dict[str, dict[str, Any]]:
             "sequence_parallel": engine.sequence_parallel,
             "pipeline_model_parallel_size": engine.pipeline_parallel,
             "virtual_pipeline_model_parallel_size": virtual,
-            "pipeline_dtype": train.precision,
+            # What stages hand on is the residual stream.
+            "pipeline_dtype": "fp32" if getattr(config.model, "residual_fp32", False) else train.precision,
             "params_dtype": train.precision,
             "bf16": bf16,
             # Two pipeline ranks are each other's next and previous: batched transfers would mix up the directions.

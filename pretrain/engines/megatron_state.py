@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, load_weights
-from pretrain.engines.flat_state import MOMENTS, STEP, cut, paste, step_count
+from pretrain.engines.flat_state import STEP, cut, flat_slots, paste, start_state, step_count
+from pretrain.optim.build import muon_parameters
+from pretrain.optim.exchange import Share
+from pretrain.optim.muon import MuonAdamW
 from pretrain.parallel.canonical import CanonicalParameter, canonical_buffers, canonical_parameters
 from pretrain.parallel.shard import Shard
 
@@ -71,10 +74,8 @@ class MegatronState:
             if share is None or (not self._is_sharded and self._dp_rank != 0):
                 continue
             yield from cut(parameter, "master", share.start, share.master)
-            state = self._torch.state.get(share.key, {})
-            for slot in MOMENTS:
-                if slot in state:
-                    yield from cut(parameter, slot, share.start, state[slot].view(-1))
+            for slot, values in flat_slots(self._torch, share.key):
+                yield from cut(parameter, slot, share.start, values)
         if self._dp_rank == 0 and self._tp_rank == 0:
             for module in self._modules:
                 for name, buffer in canonical_buffers(module):
@@ -82,7 +83,7 @@ class MegatronState:
                     yield Fragment(name, "buffer", shape, 0, buffer.reshape(-1), Shard.whole(shape))
 
     def scalars(self) -> dict[str, float]:
-        """Adam's step count, 0 before the first step."""
+        """The optimizer's step count, 0 before the first step."""
         return step_count(self._torch.state.values())
 
     @torch.no_grad()
@@ -96,11 +97,9 @@ class MegatronState:
                 continue
             paste(parameter, share.start, share.master, reader, None)
             if scalars[STEP] > 0:
-                state = self._torch.state[share.key]
-                state[STEP] = torch.tensor(scalars[STEP], dtype=torch.float32)
-                for slot in MOMENTS:
-                    state[slot] = torch.zeros_like(share.key, memory_format=torch.preserve_format)
-                    paste(parameter, share.start, state[slot].view(-1), reader, slot)
+                start_state(self._torch, share.key, scalars[STEP])
+                for slot, values in flat_slots(self._torch, share.key):
+                    paste(parameter, share.start, values, reader, slot)
 
     @torch.no_grad()
     def set_masters(self, values: Sequence[dict[str, Tensor]]) -> None:
@@ -111,6 +110,19 @@ class MegatronState:
                 if share is not None:
                     source = chunk_values[parameter.module_name].view(-1)
                     share.master.copy_(source[share.start : share.start + share.master.numel()])
+
+    def attach_muon(self, group: Any, device: torch.device) -> None:
+        """Tell Muon, if it is the optimizer, where its matrices lie. Collective over ``group``: the ranks that hold
+        the same layers."""
+        if not isinstance(self._torch, MuonAdamW):
+            return
+        shares = [
+            Share(parameter, share.start, share.key.numel(), share.key, 0)
+            for module in self._modules
+            for parameter in muon_parameters(module)
+            if (share := self._share(parameter)) is not None
+        ]
+        self._torch.attach(shares, group, device)
 
     @staticmethod
     def _is_stage(module: nn.Module) -> bool:

@@ -56,6 +56,15 @@ def log_uniform_decay(low: float, high: float) -> Initialiser:
     return fill
 
 
+def log_count() -> Initialiser:
+    """Log of 1, 2, 3, ... along the last dimension: Mamba-1's A_log."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.copy_(torch.arange(1, tensor.shape[-1] + 1).log())
+
+    return fill
+
+
 def inverse_softplus_step(low: float, high: float, floor: float) -> Initialiser:
     """Bias whose softplus is log-uniform on [low, high), at least ``floor``: Mamba's dt_bias."""
 

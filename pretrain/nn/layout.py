@@ -1,6 +1,6 @@
 """What every layer of one forward pass needs to know about its sequences, worked out once.
 
-Shapes: L = sequence length, B = batch, P = head dim.
+Shapes: L = sequence length, B = batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pretrain.nn.attention_config import RopeScaling
 from pretrain.nn.rope import rotary_tables
+from pretrain.ops.attention_tiles import Documents
 
 
 class SequenceLayout:
@@ -47,7 +49,7 @@ class SequenceLayout:
         self.seq_idx_LB = None if seq_idx_LB is None else seq_idx_LB.contiguous()
         self._position_ids_LB = position_ids_LB
         self._first_position = first_position
-        self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[tuple[int, float, RopeScaling | None], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def position_ids_LB(self) -> Tensor:  # noqa: N802
@@ -58,20 +60,15 @@ class SequenceLayout:
         return torch.arange(start, start + self.length, device=self.device).unsqueeze(1)
 
     @cached_property
-    def attention_mask_B1LL(self) -> Tensor | None:  # noqa: N802
-        """True where query (third dim) may see key (last): same document, not later. None: plain causal."""
-        if self.seq_idx_LB is None:
-            return None
-        ids_BL = self.seq_idx_LB.t()
-        same_BLL = ids_BL.unsqueeze(2) == ids_BL.unsqueeze(1)
-        causal_LL = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
-        return (same_BLL & causal_LL).unsqueeze(1)
+    def documents(self) -> Documents:
+        """Where documents lie, for attention."""
+        return Documents(self.length, self.batch_size, self.device, self.seq_idx_LB)
 
-    def rotary_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, rotary_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines for these positions (see :func:`pretrain.nn.rope.rotary_tables`), shared by all
         layers.
         """
-        key = (head_dim, theta)
+        key = (rotary_dim, theta, scaling)
         if key not in self._rotary:
-            self._rotary[key] = rotary_tables(self.position_ids_LB, head_dim, theta)
+            self._rotary[key] = rotary_tables(self.position_ids_LB, rotary_dim, theta, scaling)
         return self._rotary[key]

@@ -7,7 +7,6 @@ tensor-parallel ranks: inside a mixer H, G, I and C count what this rank holds.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +19,16 @@ from pretrain.nn.initialisation import (
     inverse_softplus_step,
     log_uniform_decay,
     normal,
-    uniform,
 )
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.mamba2_config import Mamba2Config
 from pretrain.nn.norm import RMSNormGated
+from pretrain.nn.short_conv import ShortConv
+from pretrain.ops import backends
 from pretrain.ops.blocks import arithmetic_dtype
-from pretrain.ops.conv import causal_conv, causal_conv_final_state, causal_conv_step
-from pretrain.ops.ssd import ssd_chunked, ssd_step
-from pretrain.parallel.layers import ParallelLayers, exempt_from_weight_decay
+from pretrain.ops.conv import causal_conv_final_state, causal_conv_step
+from pretrain.ops.ssd import ssd_step
+from pretrain.parallel.layers import ParallelLayers, exempt_from_weight_decay, keep_fp32
 
 
 @dataclass
@@ -37,20 +37,6 @@ class Mamba2Cache:
 
     conv_state_KBC: Tensor
     ssm_state_BHPN: Tensor
-
-
-class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, parameters only: weight [C, K] and bias [C], packed by
-    component (``components`` counts the channels of the whole model).
-    """
-
-    def __init__(self, layers: ParallelLayers, components: dict[str, int], kernel: int) -> None:
-        super().__init__()
-        local = {name: layers.local(channels) for name, channels in components.items()}
-        channels = sum(local.values())
-        self.weight = layers.own(nn.Parameter(torch.empty(channels, kernel)))
-        self.bias = layers.own(exempt_from_weight_decay(nn.Parameter(torch.empty(channels))))
-        self.canonical_components = {"weight": dict(local), "bias": dict(local)}
 
 
 class Mamba2Mixer(nn.Module):
@@ -78,28 +64,30 @@ class Mamba2Mixer(nn.Module):
         self.conv_kernel = config.conv_kernel
         self.chunk_size = config.chunk_size
         convolved = {"x": inner, "B": num_groups * state_dim, "C": num_groups * state_dim}
-        self.in_proj = layers.fused_column(width, {"z": inner, **convolved, "dt": num_heads})
-        self.conv = ShortConv(layers, convolved, config.conv_kernel)
+        self.dt_limit = config.dt_limit
+        self.in_proj = layers.fused_column(width, {"z": inner, **convolved, "dt": num_heads}, bias=config.proj_bias)
+        self.conv = ShortConv(layers, convolved, config.conv_kernel, config.conv_bias)
         self.A_log, self.D, self.dt_bias = (
-            layers.own(exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads)))) for _ in range(3)
+            layers.own(keep_fp32(exempt_from_weight_decay(nn.Parameter(torch.empty(self.num_heads))))) for _ in range(3)
         )
-        self.norm = RMSNormGated(layers, inner, num_groups, norm_eps)
-        self.out_proj = layers.row(inner, width)
+        self.norm = RMSNormGated(layers, inner, config.normed_groups, norm_eps)
+        self.out_proj = layers.row(inner, width, bias=config.proj_bias)
 
     def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:
         """Normal projections, A in (-16, -1], D = 1, step sizes log-uniform in [0.001, 0.1), convolution as
         ``torch.nn.Conv1d``."""
-        conv_bound = 1 / math.sqrt(self.conv_kernel)
-        return {
+        initialisers = {
             "in_proj.weight": normal(std),
-            "conv.weight": uniform(conv_bound),
-            "conv.bias": uniform(conv_bound),
+            **{f"conv.{name}": fill for name, fill in self.conv.initialisers().items()},
             "A_log": log_uniform_decay(1.0, 16.0),
             "D": constant(1.0),
             "dt_bias": inverse_softplus_step(1e-3, 0.1, floor=1e-4),
             "norm.weight": constant(1.0),
             "out_proj.weight": normal(out_std),
         }
+        if self.in_proj.bias is not None:
+            initialisers |= {"in_proj.bias": constant(0.0), "out_proj.bias": constant(0.0)}
+        return initialisers
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Mamba2Cache:
         """Zero state."""
@@ -121,6 +109,8 @@ class Mamba2Mixer(nn.Module):
         z_LBI, xBC_LBC, dt_LBH = self.in_proj(x_LBD).split([self.inner, channels, self.num_heads], dim=-1)
         work = arithmetic_dtype(x_LBD.dtype)
         dt_LBH = F.softplus(dt_LBH.to(work) + self.dt_bias.to(work))
+        if self.dt_limit is not None:
+            dt_LBH = dt_LBH.clamp(*self.dt_limit)
         if cache is None:
             y_LBI = self._scan(xBC_LBC, dt_LBH, layout)
         elif len(x_LBD) == 1:
@@ -136,12 +126,21 @@ class Mamba2Mixer(nn.Module):
         segments = layout.seq_idx_LB
         if cache is not None:
             cache.conv_state_KBC = causal_conv_final_state(xBC_LBC, self.conv_kernel)
-        xBC_LBC = causal_conv(xBC_LBC, self.conv.weight, self.conv.bias, seq_idx_LB=segments)
+        xBC_LBC = backends.causal_conv(xBC_LBC, self.conv.weight, self.conv.bias, seq_idx_LB=segments)
         x, B, C = self._heads(xBC_LBC)
-        y_LBHP, state_BHPN = ssd_chunked(
-            x, dt_LBH, self._decay(), B, C, self.D, seq_idx_LB=segments, chunk_size=self.chunk_size
+        y_LBHP, state_BHPN = backends.ssd(
+            x,
+            dt_LBH,
+            self._decay(),
+            B,
+            C,
+            self.D,
+            seq_idx_LB=segments,
+            chunk_size=self.chunk_size,
+            need_state=cache is not None,
         )
         if cache is not None:
+            assert state_BHPN is not None
             cache.ssm_state_BHPN = state_BHPN
         return y_LBHP.flatten(2)
 

@@ -47,10 +47,14 @@ class MLPConfig:
         yield from uneven_share("hidden_size", self.hidden(width), tensor_parallel)
 
     def cost(self, place: Place, sequence_length: int, bytes_per_value: int = 2) -> Cost:
-        """Two matrices, three when gated."""
+        """Two matrices, three when gated. Kept for the backward pass: the input of both linear layers (``width``,
+        ``hidden``) and of the activation; gated, also the activated gate.
+        """
         width, hidden = place.width, self.hidden(place.width)
         inputs = (2 if self.activation == "swiglu" else 1) * hidden
-        return linear_cost(width, inputs, self.bias) + linear_cost(hidden, width, self.bias)
+        kept = width + inputs + hidden + (hidden if self.activation == "swiglu" else 0)
+        projections = linear_cost(width, inputs, self.bias) + linear_cost(hidden, width, self.bias)
+        return projections + Cost(activation_bytes_per_token=bytes_per_value * kept)
 
     def build(self, layers: ParallelLayers, place: Place) -> MLP:
         """The module."""

@@ -17,9 +17,13 @@ class NextTokenConfig:
     Attributes:
         z_loss: weight of the squared log-normaliser added in training (PaLM, arXiv 2204.02311, section 5),
             about 1e-4 when used; 0 for none.
+        accuracy: report the share of targets that are the most likely token, in training and in validation.
+        exact_match: report the share of answers (runs of neighbouring targets) that are right as a whole.
     """
 
     z_loss: float = 0.0
+    accuracy: bool = False
+    exact_match: bool = False
 
     def violations(self) -> Iterator[tuple[str, object, str, str]]:
         """Every broken rule as (field, found, rule, fix)."""
@@ -30,4 +34,4 @@ class NextTokenConfig:
         """Construct the objective."""
         from pretrain.objectives.next_token import NextTokenObjective
 
-        return NextTokenObjective(self.z_loss)
+        return NextTokenObjective(self.z_loss, self.accuracy, self.exact_match)

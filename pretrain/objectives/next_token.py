@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.objectives.accuracy import hits, whole_answers
 from pretrain.objectives.cross_entropy import cross_entropy_rows
 from pretrain.objectives.protocol import LossOutput
+from pretrain.parallel.vocabulary import VocabularyShard
 
 
 class NextTokenObjective:
@@ -20,13 +22,22 @@ class NextTokenObjective:
 
     With ``z_loss`` > 0, ``z_loss * log(Z)^2`` per target is added whenever gradients are recorded; evaluation
     under ``torch.no_grad`` stays the pure cross-entropy, so that it converts to bits per byte.
+
+    With ``accuracy`` the metric of that name is the share of targets that are the most likely token, with
+    ``exact_match`` the share of targets in answers that are right as a whole
+    (:func:`pretrain.objectives.accuracy.whole_answers`), in training and in validation.
     """
 
     vocabulary_parallel = True
     """Computed on each tensor-parallel rank's part of the logits; engines gather them for objectives without this."""
 
-    def __init__(self, z_loss: float = 0.0) -> None:
+    likelihood = True
+    """In evaluation the loss is the negative log-likelihood of the targets, so it has a perplexity."""
+
+    def __init__(self, z_loss: float = 0.0, accuracy: bool = False, exact_match: bool = False) -> None:
         self.z_loss = z_loss
+        self.accuracy = accuracy
+        self.exact_match = exact_match
 
     def denominator(self, batch: Mapping[str, Any]) -> float:
         """Number of target tokens, ``batch["loss_mask"].sum()``."""
@@ -43,7 +54,7 @@ class NextTokenObjective:
 
         Returns:
             ``loss_sum``; with z-loss in training, ``metrics`` holds its parts ``cross_entropy`` and
-            ``z_loss``.
+            ``z_loss``; with ``accuracy`` and ``exact_match`` also these, as sums over targets.
         """
         tokens_LB = batch["tokens"].t().long()
         targets_LB = batch["targets"].t().long()
@@ -55,13 +66,28 @@ class NextTokenObjective:
         )
         mask_R = batch["loss_mask"].t().flatten()
         targets_R = targets_LB.flatten().masked_fill(~mask_R, 0)
-        loss_R, log_z_R = cross_entropy_rows(logits_LBV.flatten(0, 1), targets_R, getattr(model, "vocabulary", None))
+        vocabulary = getattr(model, "vocabulary", None)
+        loss_R, log_z_R = cross_entropy_rows(logits_LBV.flatten(0, 1), targets_R, vocabulary)
         cross_entropy = loss_R.masked_fill(~mask_R, 0.0).sum()
+        metrics = self._hits(logits_LBV.detach(), targets_LB, batch, vocabulary)
         if self.z_loss == 0 or not torch.is_grad_enabled():
-            return LossOutput(cross_entropy)
+            return LossOutput(cross_entropy, metrics)
         z_loss = self.z_loss * log_z_R.masked_fill(~mask_R, 0.0).square().sum()
         parts = {"cross_entropy": cross_entropy.detach(), "z_loss": z_loss.detach()}
-        return LossOutput(cross_entropy + z_loss, parts)
+        return LossOutput(cross_entropy + z_loss, parts | metrics)
+
+    def _hits(
+        self, logits_LBV: Tensor, targets_LB: Tensor, batch: Mapping[str, Tensor], vocabulary: VocabularyShard | None
+    ) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        if self.accuracy or self.exact_match:
+            mask_LB = batch["loss_mask"].t()
+            hits_LB = hits(logits_LBV, targets_LB, mask_LB, vocabulary)
+            if self.accuracy:
+                metrics["accuracy"] = hits_LB.sum().float()
+            if self.exact_match:
+                metrics["exact_match"] = whole_answers(hits_LB, mask_LB, batch["seq_idx"].t()).sum().float()
+        return metrics
 
 
 def _single_documents(seq_idx_LB: Tensor) -> bool:

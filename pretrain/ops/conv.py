@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.ops.blocks import arithmetic_dtype, row_blocks
+from pretrain.ops.spans import document_numbers
 
 
 def causal_conv(
     x_LBC: Tensor,
     weight_CK: Tensor,
-    bias_C: Tensor,
+    bias_C: Tensor | None = None,
     *,
     seq_idx_LB: Tensor | None = None,
     initial_state_KBC: Tensor | None = None,
@@ -37,7 +38,7 @@ def causal_conv(
     Args:
         x_LBC: input.
         weight_CK: one filter per channel; the last tap multiplies the present position.
-        bias_C: bias.
+        bias_C: bias; None = no bias.
         seq_idx_LB: document number per position (padding -1); a window ends at each change.
         initial_state_KBC: the K-1 inputs before position 0, [K-1, B, C], oldest first, belonging to the
             document of position 0; None = zeros.
@@ -51,22 +52,21 @@ def causal_conv(
     if x_LBC.dim() != 3 or x_LBC.numel() == 0:
         raise ValueError(f"causal_conv: x must be a non-empty [L, B, C], found {tuple(x_LBC.shape)}")
     length, batch, channels = x_LBC.shape
-    if weight_CK.dim() != 2 or weight_CK.shape[0] != channels or bias_C.shape != (channels,):
+    bias_shape = (channels,) if bias_C is None else tuple(bias_C.shape)
+    if weight_CK.dim() != 2 or weight_CK.shape[0] != channels or bias_shape != (channels,):
         raise ValueError(
-            f"causal_conv: weight {tuple(weight_CK.shape)} and bias {tuple(bias_C.shape)} do not fit "
+            f"causal_conv: weight {tuple(weight_CK.shape)} and bias {bias_shape} do not fit "
             f"{channels} channels; expected ({channels}, K) and ({channels},)"
         )
     if seq_idx_LB is not None and seq_idx_LB.shape != (length, batch):
         raise ValueError(f"causal_conv: seq_idx {tuple(seq_idx_LB.shape)}, expected ({length}, {batch})")
     history = (weight_CK.shape[1] - 1, batch, channels)
-    if initial_state_KBC is None:
-        initial_state_KBC = x_LBC.new_zeros(history)
-    elif initial_state_KBC.shape != history:
+    if initial_state_KBC is not None and initial_state_KBC.shape != history:
         raise ValueError(
             f"causal_conv: initial_state {tuple(initial_state_KBC.shape)}, expected the inputs before "
             f"position 0, {history}"
         )
-    documents_LB = None if seq_idx_LB is None else _documents(seq_idx_LB)
+    documents_LB = None if seq_idx_LB is None else document_numbers(seq_idx_LB)
     return _CausalConv.apply(x_LBC, weight_CK, bias_C, initial_state_KBC, documents_LB)
 
 
@@ -87,25 +87,22 @@ def causal_conv_final_state(
         initial_state_KBC = x_LBC.new_zeros(keep, *x_LBC.shape[1:])
     state = torch.cat([initial_state_KBC.to(x_LBC.dtype), x_LBC[max(0, x_LBC.shape[0] - keep) :]])[-keep:]
     if seq_idx_LB is not None:
-        documents_LB = _documents(seq_idx_LB)
+        documents_LB = document_numbers(seq_idx_LB)
         documents = torch.cat([documents_LB[:1].expand(keep, -1), documents_LB])[-keep:]
         state = state.masked_fill((documents != documents_LB[-1])[..., None], 0.0)
     return state.contiguous()
 
 
-def causal_conv_step(state_KBC: Tensor, x_BC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+def causal_conv_step(
+    state_KBC: Tensor, x_BC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One position, for generation: (y_BC, new state [K-1, B, C]); the given state is not changed."""
     window_KBC = torch.cat([state_KBC, x_BC[None].to(state_KBC.dtype)])
     work = arithmetic_dtype(x_BC.dtype)
-    pre_BC = (window_KBC.to(work) * weight_CK.t().to(work)[:, None]).sum(0) + bias_C.to(work)
+    pre_BC = (window_KBC.to(work) * weight_CK.t().to(work)[:, None]).sum(0)
+    if bias_C is not None:
+        pre_BC = pre_BC + bias_C.to(work)
     return torch.nn.functional.silu(pre_BC).to(x_BC.dtype), window_KBC[1:]
-
-
-def _documents(seq_idx_LB: Tensor) -> Tensor:
-    """Running document number, starting at 0: unlike the given numbers it never returns to an earlier value."""
-    documents_LB = torch.zeros_like(seq_idx_LB, dtype=torch.int64)
-    documents_LB[1:] = (seq_idx_LB[1:] != seq_idx_LB[:-1]).cumsum(0)
-    return documents_LB
 
 
 def _crossing_rows(documents_LB: Tensor | None, history: int) -> Tensor | None:
@@ -123,14 +120,13 @@ class _CausalConv(torch.autograd.Function):
         ctx: Any,
         x_LBC: Tensor,
         weight_CK: Tensor,
-        bias_C: Tensor,
-        initial_KBC: Tensor,
+        bias_C: Tensor | None,
+        initial_KBC: Tensor | None,
         documents_LB: Tensor | None,
     ) -> Tensor:
         work = arithmetic_dtype(x_LBC.dtype)
         L, B, C = x_LBC.shape
-        taps = weight_CK.to(work).t().flip(0).contiguous()  # taps[s] multiplies x_{t-s}
-        bias = bias_C.to(work)
+        taps, bias = _taps_and_bias(weight_CK, bias_C, work)
         history = len(taps) - 1
         y_LBC = x_LBC.new_empty(L, B, C)
         head = _Head(x_LBC, initial_KBC, documents_LB, history, work)
@@ -151,8 +147,7 @@ class _CausalConv(torch.autograd.Function):
         x_LBC, weight_CK, bias_C, initial_KBC, documents_LB, crossing = ctx.saved_tensors
         work = arithmetic_dtype(x_LBC.dtype)
         L, B, C = x_LBC.shape
-        taps = weight_CK.to(work).t().flip(0).contiguous()
-        bias = bias_C.to(work)
+        taps, bias = _taps_and_bias(weight_CK, bias_C, work)
         history = len(taps) - 1
         dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
         dx_LBC = x_LBC.new_empty(L, B, C, dtype=work)
@@ -190,10 +185,16 @@ class _CausalConv(torch.autograd.Function):
         return (
             dx_LBC.to(x_LBC.dtype),
             dweight,
-            dbias.to(bias_C.dtype),
-            dinitial.to(initial_KBC.dtype),
+            None if bias_C is None else dbias.to(bias_C.dtype),
+            None if initial_KBC is None else dinitial.to(initial_KBC.dtype),
             None,
         )
+
+
+def _taps_and_bias(weight_CK: Tensor, bias_C: Tensor | None, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Filters [K, C], of which taps[s] multiplies x_{t-s}, and the bias or zeros [C]."""
+    taps = weight_CK.to(work).t().flip(0).contiguous()
+    return taps, torch.zeros_like(taps[0]) if bias_C is None else bias_C.to(work)
 
 
 def _pre(
@@ -228,10 +229,12 @@ class _Head:
     """The first min(L, K-1) rows, whose windows reach into the initial state."""
 
     def __init__(
-        self, x_LBC: Tensor, initial_KBC: Tensor, documents_LB: Tensor | None, history: int, work: torch.dtype
+        self, x_LBC: Tensor, initial_KBC: Tensor | None, documents_LB: Tensor | None, history: int, work: torch.dtype
     ) -> None:
         self.rows = min(x_LBC.shape[0], history)
         self.history = history
+        if initial_KBC is None:
+            initial_KBC = x_LBC.new_zeros(history, *x_LBC.shape[1:])
         self.inputs = torch.cat([initial_KBC.to(work), x_LBC[: self.rows].to(work)])
         self.documents = None
         if documents_LB is not None:

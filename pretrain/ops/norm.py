@@ -1,4 +1,4 @@
-"""RMSNorm, plain and gated, in float32 with a hand-written backward that keeps only its inputs.
+"""RMSNorm, plain and gated, and LayerNorm, in float32 with backward passes that keep only their inputs.
 
 Legend: L = sequence length, B = batch, D = width, G = groups. Any number of leading dimensions is accepted.
 
@@ -18,13 +18,13 @@ from torch.autograd.function import once_differentiable
 from pretrain.ops.blocks import arithmetic_dtype, row_blocks
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2 over the last dimension) + eps) * weight, in the precision of x.
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
+    """x / sqrt(mean(x^2 over the last dimension) + eps) * weight, in ``dtype`` (None: that of x).
 
     Raises:
         ValueError: when weight does not have the width of x.
     """
-    return _norm(x, None, weight_D, 1, eps)
+    return _norm(x, None, weight_D, 1, eps, dtype)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight_D: Tensor, num_groups: int = 1, eps: float = 1e-5) -> Tensor:
@@ -40,26 +40,55 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight_D: Tensor, num_groups: int = 1, 
     """
     if y.shape != z.shape:
         raise ValueError(f"gated_rms_norm: y is {tuple(y.shape)} but its gate z is {tuple(z.shape)}")
-    return _norm(y, z, weight_D, num_groups, eps)
+    return _norm(y, z, weight_D, num_groups, eps, None)
 
 
-def _norm(x: Tensor, z: Tensor | None, weight_D: Tensor, num_groups: int, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, computed in float32 (float64 for
+    float64 inputs), in ``dtype`` (None: that of x). Source: Ba et al., arXiv 1607.06450.
+
+    Raises:
+        ValueError: when weight or bias does not have the width of x.
+    """
+    width, work = x.shape[-1], arithmetic_dtype(x.dtype)
+    for name, vector in (("weight", weight_D), ("bias", bias_D)):
+        if vector.shape != (width,):
+            raise ValueError(f"layer_norm: {name} has shape {tuple(vector.shape)}, expected ({width},)")
+    weight_D, bias_D = weight_D.to(work), bias_D.to(work)
+    if x.dtype == work and dtype in (None, work):
+        return torch.nn.functional.layer_norm(x, (width,), weight_D, bias_D, eps)
+    return _LayerNorm.apply(x.reshape(-1, width), weight_D, bias_D, eps, dtype or x.dtype).view(x.shape)
+
+
+def _norm(
+    x: Tensor, z: Tensor | None, weight_D: Tensor, num_groups: int, eps: float, dtype: torch.dtype | None
+) -> Tensor:
     width = x.shape[-1]
     if weight_D.shape != (width,):
         raise ValueError(f"rms_norm: weight has shape {tuple(weight_D.shape)}, expected ({width},)")
     if num_groups < 1 or width % num_groups:
         raise ValueError(f"rms_norm: {num_groups} groups do not divide the width {width}")
     flat_z = None if z is None else z.reshape(-1, width)
-    return _RMSNorm.apply(x.reshape(-1, width), flat_z, weight_D, num_groups, eps).view(x.shape)
+    return _RMSNorm.apply(x.reshape(-1, width), flat_z, weight_D, num_groups, eps, dtype or x.dtype).view(x.shape)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, z_RD: Tensor | None, weight_D: Tensor, num_groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        z_RD: Tensor | None,
+        weight_D: Tensor,
+        num_groups: int,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
         work = arithmetic_dtype(x_RD.dtype)
         rows, width = x_RD.shape
         weight = weight_D.to(work)
-        out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
+        out_RD = torch.empty_like(x_RD, dtype=dtype, memory_format=torch.contiguous_format)
         rstd_RG = x_RD.new_empty(rows, num_groups, 1, dtype=work)
         for start, stop in row_blocks(0, rows, width, x_RD.device):
             gated, _ = _gate(x_RD, z_RD, start, stop, work)
@@ -100,7 +129,7 @@ class _RMSNorm(torch.autograd.Function):
                 dgate = dgated * x_RD[start:stop]
                 dz_RD[start:stop] = torch.ops.aten.silu_backward(dgate, z_RD[start:stop].to(work))
                 dx_RD[start:stop] = dgated.mul_(gate)
-        return dx_RD, dz_RD, dweight.to(weight_D.dtype), None, None
+        return dx_RD, dz_RD, dweight.to(weight_D.dtype), None, None, None
 
 
 def _gate(x_RD: Tensor, z_RD: Tensor | None, start: int, stop: int, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -110,3 +139,37 @@ def _gate(x_RD: Tensor, z_RD: Tensor | None, start: int, stop: int, work: torch.
         return x.contiguous(), None
     gate = torch.nn.functional.silu(z_RD[start:stop].to(work)).contiguous()
     return gate * x, gate
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Torch's, for inputs or results that are not in the precision of the arithmetic: keeps the input as it came."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        rows, width = x_RD.shape
+        out_RD = torch.empty_like(x_RD, dtype=dtype, memory_format=torch.contiguous_format)
+        mean_R1, rstd_R1 = (x_RD.new_empty(rows, 1, dtype=weight_D.dtype) for _ in range(2))
+        for start, stop in row_blocks(0, rows, width, x_RD.device):
+            part = x_RD[start:stop].to(weight_D.dtype)
+            normed, mean, rstd = torch.native_layer_norm(part, [width], weight_D, bias_D, eps)
+            out_RD[start:stop], mean_R1[start:stop], rstd_R1[start:stop] = normed, mean, rstd
+        ctx.save_for_backward(x_RD, weight_D, bias_D, mean_R1, rstd_R1)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, weight_D, bias_D, mean_R1, rstd_R1 = ctx.saved_tensors
+        rows, width = x_RD.shape
+        dx_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
+        dweight_D, dbias_D = torch.zeros_like(weight_D), torch.zeros_like(bias_D)
+        for start, stop in row_blocks(0, rows, width, x_RD.device):
+            part, dout = x_RD[start:stop].to(weight_D.dtype), dout_RD[start:stop].to(weight_D.dtype)
+            mean, rstd = mean_R1[start:stop], rstd_R1[start:stop]
+            dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+                dout, part, [width], mean, rstd, weight_D, bias_D, [True, True, True]
+            )
+            dx_RD[start:stop] = dx
+            dweight_D += dweight
+            dbias_D += dbias
+        return dx_RD, dweight_D, dbias_D, None, None

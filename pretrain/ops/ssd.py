@@ -14,18 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pretrain.ops.spans import document_starts
 from pretrain.ops.ssd_kernel import ChunkedSSD
-
-
-def document_starts(seq_idx_LB: Tensor) -> Tensor:
-    """Mark the positions whose document differs from the position before: bool [L, B], row 0 always False.
-
-    Args:
-        seq_idx_LB: document number per position, padding -1; only changes matter, not the numbers.
-    """
-    starts_LB = torch.zeros_like(seq_idx_LB, dtype=torch.bool)
-    starts_LB[1:] = seq_idx_LB[1:] != seq_idx_LB[:-1]
-    return starts_LB
 
 
 def ssd_chunked(

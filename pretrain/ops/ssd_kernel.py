@@ -23,13 +23,14 @@ an accelerator all full chunks are folded into the batch, to launch few kernels.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.ops.blocks import arithmetic_dtype
+from pretrain.ops.spans import Span, spans_of
 
 RESET = -1000.0
 # All that a decay can influence carries the factor exp(a); below this log decay its gradient is far below the
@@ -57,7 +58,7 @@ class ChunkedSSD(torch.autograd.Function):
         L, B, H, P = x_LBHP.shape
         G, N = B_LBGN.shape[2:]
         D_H1 = None if D_H is None else D_H.to(work)[:, None]
-        spans = _spans(L, chunk_size, _chunks_at_once(x_LBHP.device))
+        spans = spans_of(L, chunk_size, _chunks_at_once(x_LBHP.device))
         states = x_LBHP.new_empty(sum(span.chunks for span in spans) + 1, B, G, N, H // G * P, dtype=work)
         if initial_state_BHPN is None:
             states[0].zero_()
@@ -165,47 +166,9 @@ class ChunkedSSD(torch.autograd.Function):
         return dx_LBHP, ddt_LBH, dA_H.to(A_H.dtype), dB_LBGN, dC_LBGN, dD_H, dinitial, None, None
 
 
-class _Span(NamedTuple):
-    """A run of chunks of one length (all the full ones, or the shorter last one), worked on slab by slab."""
-
-    start: int
-    first: int  # number of the first chunk
-    chunks: int
-    length: int
-    chunks_at_once: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.chunks * self.length
-
-    def chunks_of(self, slab: int) -> slice:
-        """Chunks of a slab, counted from the beginning of the span."""
-        first = slab * self.chunks_at_once
-        return slice(first, min(first + self.chunks_at_once, self.chunks))
-
-    def split(self, tensor_LBX: Tensor) -> Tensor:
-        """[L, B, ...] -> a view [Q, K, B, ...] of the span's part."""
-        part = tensor_LBX[self.start : self.stop].unflatten(0, (self.chunks, self.length))
-        return part.transpose(0, 1)
-
-    def views(self, tensor_LBX: Tensor) -> tuple[Tensor, ...]:
-        """[L, B, ...] -> a view [Q, K of the slab, B, ...] per slab."""
-        return self.split(tensor_LBX).split(self.chunks_at_once, dim=1)
-
-    def cut(self, tensor_LBX: Tensor, work: torch.dtype) -> list[Tensor]:
-        """[L, B, ...] -> one [Q, R, ...] per slab; a view when the slab is one chunk of precision `work`."""
-        return [slab.flatten(1, 2).to(work) for slab in self.views(tensor_LBX)]
-
-
 def _chunks_at_once(device: torch.device) -> int | None:
     """Chunks per slab; None = all."""
     return 1 if device.type == "cpu" else None
-
-
-def _spans(length: int, chunk_size: int, chunks_at_once: int | None) -> list[_Span]:
-    full, rest = divmod(length, chunk_size)
-    spans = [_Span(0, 0, full, chunk_size, chunks_at_once or full)] if full else []
-    return [*spans, _Span(full * chunk_size, full, 1, rest, 1)] if rest else spans
 
 
 class _Decays:
@@ -215,7 +178,7 @@ class _Decays:
     token to the end of the chunk. `total_KBH` is the decay over whole chunks.
     """
 
-    def __init__(self, span: _Span, dt_LBH: Tensor, A_H: Tensor, starts_LB: Tensor | None) -> None:
+    def __init__(self, span: Span, dt_LBH: Tensor, A_H: Tensor, starts_LB: Tensor | None) -> None:
         self.A_H1 = A_H[:, None]
         self.dt_KBHQ = span.split(dt_LBH).permute(1, 2, 3, 0).to(A_H.dtype).contiguous()
         self.a_KBHQ = self.dt_KBHQ * self.A_H1

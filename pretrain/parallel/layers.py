@@ -16,12 +16,14 @@ A packed parameter declares its components, see :mod:`pretrain.parallel.canonica
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pretrain.parallel.vocabulary import VocabularyShard
+
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 
 class ParallelLayers(Protocol):
@@ -87,6 +89,12 @@ class ParallelLayers(Protocol):
         """
         ...
 
+    def whole_inside(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter that every rank holds whole, for use by each on its share of the features (a norm of heads); its
+        gradient is summed over the ranks. Such a parameter is not marked as :meth:`replicated`.
+        """
+        ...
+
     def vocabulary(self, vocab_size: int) -> VocabularyShard | None:
         """The part of the vocabulary whose logits this rank computes; None: all of it."""
         ...
@@ -123,10 +131,14 @@ class TorchLayers:
         return layer
 
     def embedding(self, vocab_size: int, width: int) -> nn.Embedding:
-        return nn.Embedding(vocab_size, width)
+        layer = nn.Embedding(vocab_size, width)
+        exempt_from_muon(layer.weight)
+        return layer
 
     def head(self, width: int, vocab_size: int) -> nn.Linear:
-        return nn.Linear(width, vocab_size, bias=False)
+        layer = nn.Linear(width, vocab_size, bias=False)
+        exempt_from_muon(layer.weight)
+        return layer
 
     def tied_logits(self, x_LBD: Tensor, embedding_weight: Tensor) -> Tensor:
         return F.linear(x_LBD, embedding_weight)
@@ -146,6 +158,9 @@ class TorchLayers:
     def sum_inside(self, x: Tensor) -> Tensor:
         return x
 
+    def whole_inside(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
     def vocabulary(self, vocab_size: int) -> None:
         return None
 
@@ -153,6 +168,28 @@ class TorchLayers:
 def exempt_from_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
     """Mark a parameter so that optimizers do not decay it; returns the parameter."""
     parameter.no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def exempt_from_muon(parameter: TensorT) -> TensorT:
+    """Mark a parameter with two dimensions that is no matrix between hidden features (lookup tables, output heads,
+    convolutions, routers), so that Muon leaves it to AdamW; returns the parameter.
+    """
+    parameter.no_muon = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def stack_of_matrices(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter [E, rows, columns] of E matrices of their own (experts), so that Muon takes each of them;
+    returns the parameter.
+    """
+    parameter.matrix_stack = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def keep_fp32(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a small parameter whose full FP32 value the forward pass reads also when training in bf16; returns it."""
+    parameter.keep_fp32 = True  # type: ignore[attr-defined]
     return parameter
 
 

@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from pretrain.parallel.canonical import Split, mark_split
-from pretrain.parallel.layers import exempt_from_weight_decay
+from pretrain.parallel.layers import exempt_from_muon, exempt_from_weight_decay
 from pretrain.parallel.vocabulary import VocabularyShard
 
 
@@ -111,11 +111,13 @@ class MegatronLayers:
     def embedding(self, vocab_size: int, width: int) -> nn.Module:
         self.local(vocab_size)
         layer = _Embedding(vocab_size, width, reduce_scatter_embeddings=self.sequence_parallel, **self._options())
-        self.own(layer.weight)
+        exempt_from_muon(self.own(layer.weight))
         return layer
 
     def head(self, width: int, vocab_size: int) -> nn.Module:
-        return self.column(width, vocab_size)
+        layer = _Column(width, vocab_size, **self._column_options(bias=False))
+        exempt_from_muon(layer.weight)
+        return self._mark_column(layer)
 
     def tied_logits(self, x_LBD: Tensor, embedding_weight: Tensor) -> Tensor:
         trained = embedding_weight.requires_grad
@@ -154,6 +156,9 @@ class MegatronLayers:
     def sum_inside(self, x: Tensor) -> Tensor:
         summed = reduce_from_tensor_model_parallel_region(x, group=self._group)
         return copy_to_tensor_model_parallel_region(summed, group=self._group)
+
+    def whole_inside(self, parameter: nn.Parameter) -> Tensor:
+        return copy_to_tensor_model_parallel_region(parameter, group=self._group)
 
     def vocabulary(self, vocab_size: int) -> VocabularyShard | None:
         if self.tensor_size == 1:

@@ -56,13 +56,21 @@ class MetricsCallback(Callback):
 
 
 class EvaluationCallback(Callback):
-    """Validation every ``eval_interval`` steps on ``eval_samples`` samples; at the end on all with ``final_eval``."""
+    """Validation every ``eval_interval`` steps on ``eval_samples`` samples; at the end on all with ``final_eval``.
+
+    A run that begins with given weights is validated before its first step, too.
+    """
 
     name = "evaluation"
 
     def __init__(self, log: EventLog, source: Any) -> None:
         self._log = log
         self._source = source
+
+    def on_start(self, trainer: Trainer) -> None:
+        train = trainer.config.train
+        if train.eval_interval and train.init_from is not None and trainer.state.step == 0:
+            self._validate(trainer, train.eval_samples)
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         train = trainer.config.train

@@ -186,6 +186,7 @@ class _Rank:
         from pretrain.checkpoint.store import CheckpointStore
         from pretrain.config.components import build_component
         from pretrain.engines.build import build_engine
+        from pretrain.training.initial_weights import begin_with_weights
         from pretrain.training.loop import Trainer
         from pretrain.training.report import write_report
         from pretrain.training.resume import resume
@@ -207,6 +208,9 @@ class _Rank:
             for name in store.sweep():
                 logger.info("removed %s, left by an interrupted save", name)
         self.state, callback_states = resume(store, checkpoint, config, engine, self.env)
+        if config.train.init_from is not None and store.select(checkpoint) is None:
+            self._phase("taking over initial weights")
+            begin_with_weights(self.run, config, engine, self.env)
         callbacks = self._callbacks(engine, store, sources)
         for callback in callbacks:
             callback.load_state_dict(callback_states.get(callback.name, {}))
@@ -265,6 +269,8 @@ class _Rank:
             "world_size": self.env.world_size,
             "precision": self.config.train.precision,
         }
+        if (initial := self.run.initial_weights()) is not None:
+            facts["initial_weights"] = initial["digest"]
         # The checkpoint of a step comes before its validation, which may be long and may be cut short.
         result: list[Any] = []
         if self.config.train.trace:

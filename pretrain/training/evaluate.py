@@ -1,19 +1,38 @@
-"""Validation loss and bits per byte."""
+"""Validation: loss, perplexity, bits per byte and what the objective adds, of the whole split and by its parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.source import SourcePart
 from pretrain.engines.base import Engine
-from pretrain.parallel.process import all_reduce_floats
+from pretrain.parallel.process import all_reduce_floats, gather_objects
 from pretrain.training.batches import to_device, to_tensors
 from pretrain.training.loop import raise_common_data_failure
 
 _STOP_INTERVAL = 8  # batches between two questions whether to stop
+
+
+@dataclass
+class Sums:
+    """Sums over samples: of the loss (nats), of the target tokens, and of the objective's further metrics."""
+
+    loss: float = 0.0
+    targets: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: float, targets: float, metrics: dict[str, float]) -> None:
+        """Take in another batch or another rank."""
+        self.loss += loss
+        self.targets += targets
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
 
 
 def evaluate(
@@ -25,43 +44,82 @@ def evaluate(
     num_samples: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean loss (nats per target token) over ``num_samples`` samples spread evenly over a finite source (None: all).
+    """Means per target token over ``num_samples`` samples spread evenly over a finite source (None: all).
 
-    Samples are dealt to data-parallel indices in turn and sums are taken in float64. Over the whole source the result
-    also holds bits per UTF-8 byte: total nats / ln 2 / bytes of the text behind the targets. ``stop``, which must
-    answer the same on every rank, is asked every few batches; when it says yes the result is None.
+    Samples are dealt to data-parallel indices in turn and sums are taken in float64. ``validation_loss`` (nats) comes
+    with ``validation_<name>`` for each metric of the objective. Where the objective declares ``likelihood``, the
+    exponential of the loss is ``validation_perplexity``. Over the whole source, ``validation_bits_per_byte`` is
+    total nats / ln 2 / UTF-8 bytes of the text behind the targets. Of each of several parts of the source (its
+    attribute ``parts``) the same figures are named ``validation/<part>/loss`` and so on. ``stop``, which must answer
+    the same on every rank, is asked every few batches; when it says yes the result is None.
 
     Raises:
         DataFailureError, DataUnavailableError: on every rank, when the data of one fail.
     """
-    total = source.num_samples if num_samples is None else min(num_samples, source.num_samples)
-    loss_sum = targets = 0.0
-    for number, (first, rows) in enumerate(_rounds(total, batch_size, engine.dp_size)):
-        if number % _STOP_INTERVAL == 0 and stop():
-            return None
-        places = [first + engine.dp_rank + row * engine.dp_size for row in range(rows)]
-        is_counted = places[-1] < total
-        # Evaluation is collective: a rank that is left without a sample repeats one, which does not count.
-        indices = [place * source.num_samples // total for place in (places if is_counted else [first])]
-        arrays: dict[str, np.ndarray] = {}
-        failure: ValueError | OSError | None = None
-        try:
-            arrays = source.batch(indices)
-        except (ValueError, OSError) as error:
-            failure = error
-        # A rank that left alone would leave the others waiting for it.
-        if all_reduce_floats([float(failure is not None)])[0]:
-            raise_common_data_failure(failure)
-        batch = to_tensors(arrays | {"sample_ids": np.array(indices, dtype=np.int64)})
-        loss = engine.eval_step(to_device(batch, engine.device), objective)
-        if is_counted and engine.is_data_leader:
-            loss_sum += loss
-            targets += float(objective.denominator(batch))
-    loss_sum, targets = all_reduce_floats([loss_sum, targets])
-    metrics = {"validation_loss": loss_sum / max(targets, 1.0)}
-    if total == source.num_samples and getattr(source, "num_bytes", None):
-        metrics["validation_bits_per_byte"] = loss_sum / math.log(2) / source.num_bytes
+    count = source.num_samples
+    total = count if num_samples is None else min(num_samples, count)
+    num_bytes = getattr(source, "num_bytes", None)
+    parts: Sequence[SourcePart] = getattr(source, "parts", None) or [SourcePart("all", count, num_bytes)]
+    # Place p stands for sample p * count // total, so the places of a part are a range, too.
+    bounds = [-(-end * total // count) for end in accumulate((part.num_samples for part in parts), initial=0)]
+    own = [Sums() for _ in parts]
+    calls = 0
+    for sums, (begin, end) in zip(own, pairwise(bounds), strict=True):
+        for first, rows in _rounds(end - begin, batch_size, engine.dp_size):
+            if calls % _STOP_INTERVAL == 0 and stop():
+                return None
+            calls += 1
+            places = [begin + first + engine.dp_rank + row * engine.dp_size for row in range(rows)]
+            is_counted = places[-1] < end
+            # Evaluation is collective: a rank that is left without a sample repeats one, which does not count.
+            indices = [place * count // total for place in (places if is_counted else [begin + first])]
+            batch = _fetch(source, indices)
+            result = engine.eval_step(to_device(batch, engine.device), objective)
+            if is_counted and engine.is_data_leader:
+                sums.add(result.loss_sum, float(objective.denominator(batch)), result.metrics)
+    # Gathered, not reduced: a rank without samples of its own knows no names of metrics.
+    totals = [Sums() for _ in parts]
+    for ranks in gather_objects([(sums.loss, sums.targets, sums.metrics) for sums in own]):
+        for sums, of_rank in zip(totals, ranks, strict=True):
+            sums.add(*of_rank)
+    whole = Sums()
+    for sums in totals:
+        whole.add(sums.loss, sums.targets, sums.metrics)
+    is_all, likelihood = total == count, bool(getattr(objective, "likelihood", False))
+    figures = _figures(whole, num_bytes if is_all else None, likelihood)
+    metrics = {f"validation_{name}": value for name, value in figures}
+    for part, sums, (begin, end) in zip(parts, totals, pairwise(bounds), strict=True):
+        if len(parts) > 1 and begin < end:
+            found = _figures(sums, part.num_bytes if is_all else None, likelihood)
+            metrics |= {f"validation/{part.name}/{name}": value for name, value in found}
     return metrics
+
+
+def _fetch(source: Any, indices: list[int]) -> dict[str, Any]:
+    """The samples as host tensors; raises on every rank when the data of one fail."""
+    arrays: dict[str, np.ndarray] = {}
+    failure: ValueError | OSError | None = None
+    try:
+        arrays = source.batch(indices)
+    except (ValueError, OSError) as error:
+        failure = error
+    # A rank that left alone would leave the others waiting for it.
+    if all_reduce_floats([float(failure is not None)])[0]:
+        raise_common_data_failure(failure)
+    return to_tensors(arrays | {"sample_ids": np.array(indices, dtype=np.int64)})
+
+
+def _figures(sums: Sums, num_bytes: int | None, likelihood: bool) -> Iterator[tuple[str, float]]:
+    """Names and values of what is reported of some samples."""
+    targets = max(sums.targets, 1.0)
+    loss = sums.loss / targets
+    yield "loss", loss
+    if likelihood:
+        yield "perplexity", math.exp(loss) if loss < 700 else math.inf
+    if num_bytes:
+        yield "bits_per_byte", sums.loss / math.log(2) / num_bytes
+    for name, value in sorted(sums.metrics.items()):
+        yield name, value / targets
 
 
 def _rounds(total: int, batch_size: int, dp_size: int) -> Iterator[tuple[int, int]]:

@@ -207,8 +207,9 @@ class Trainer:
             torch.cuda.max_memory_allocated() if self.engine.device.type == "cuda" else self._process.memory_info().rss
         )
         names = sorted(result.metrics)
+        reported = result.layers.values if result.layers is not None else []
         loss_sum, memory_sum, *sums = all_reduce_floats(
-            [result.loss_sum, float(memory), *(result.metrics[name] for name in names)]
+            [result.loss_sum, float(memory), *(result.metrics[name] for name in names), *reported]
         )
         loss = loss_sum / denominator
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
@@ -218,6 +219,9 @@ class Trainer:
                 "with a lower optimizer.learning_rate or train.clip_grad_norm, or look at its data, global samples "
                 f"{self.state.samples}..{self.state.samples + self.config.train.global_batch_size - 1}."
             )
+        metrics = {name: value / denominator for name, value in zip(names, sums[: len(names)], strict=True)}
+        if result.layers is not None:
+            metrics |= result.layers.metrics(sums[len(names) :])
         self.state.advance(self.config.train.global_batch_size, round(denominator))
         return StepRecord(
             step=self.state.step,
@@ -225,7 +229,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             learning_rate=rate,
             tokens=round(denominator),
-            metrics={name: value / denominator for name, value in zip(names, sums, strict=True)},
+            metrics=metrics,
             substituted=round(substituted),
             seconds={"step": time.perf_counter() - started, "data": data_s, **result.seconds},
             memory_gib=memory_sum / 2**30,

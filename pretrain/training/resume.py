@@ -36,13 +36,13 @@ def resume(
     verify_together(store, folder, env)
     reader = CheckpointReader(folder)
     check_checkpoint_model(config, folder)
-    _import_together(engine, reader)
+    import_together(engine, reader)
     state = TrainState.from_dict(reader.training)
     logger.info("continuing from %s at step %d", folder, state.step)
     return state, reader.training["callbacks"]
 
 
-def _import_together(engine: Engine, reader: CheckpointReader) -> None:
+def import_together(engine: Engine, reader: CheckpointReader) -> None:
     """Load the state; raise the same error on every rank if it does not fit one of them."""
     failure = None
     try:
@@ -56,12 +56,16 @@ def _import_together(engine: Engine, reader: CheckpointReader) -> None:
 
 def verify_together(store: CheckpointStore, folder: Path, env: ProcessEnvironment) -> None:
     """Check hashes with the files dealt to ranks; raise the same error on every rank."""
+    if failures := hash_faults(folder, env):
+        raise CorruptCheckpointError(describe_damage(store, folder, failures))
+
+
+def hash_faults(folder: Path, env: ProcessEnvironment) -> list[str]:
+    """What is damaged in a checkpoint, the same list on every rank; its files are dealt to the ranks."""
     failure = None
     try:
         files = sorted(Manifest.load(folder).files)[env.rank :: env.world_size]
         verify(folder, files)
     except CorruptCheckpointError as error:
         failure = str(error)
-    failures = sorted({text for text in gather_objects(failure) if text})
-    if failures:
-        raise CorruptCheckpointError(describe_damage(store, folder, failures))
+    return sorted({text for text in gather_objects(failure) if text})

@@ -68,7 +68,7 @@ def train(rank: int, size: int, case: Case, root: Path | None, tied: bool = Fals
         "results": results,
         "optimizer": type(engine._engine.optimizer).__name__,
         "has_module": engine.module is not None,
-        "evaluated": engine.eval_step(samples(0), loss_function),
+        "evaluated": engine.eval_step(samples(0), loss_function).loss_sum,
         "largest_held": largest_held,
         "num_forwards": num_forwards,
     }

@@ -91,7 +91,7 @@ VARIANTS = {
 def train_and_evaluate(rank: int, size: int, case: Case) -> tuple[list[tuple[float, float]], float]:
     engine = build_engine(case)
     results = run_steps(engine, case, range(5))
-    return results, engine.eval_step(rows_of(samples(99), 0, 2), NextTokenConfig().build())
+    return results, engine.eval_step(rows_of(samples(99), 0, 2), NextTokenConfig().build()).loss_sum
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -133,8 +133,8 @@ def evaluate_and_train(rank: int, size: int, case: Case) -> tuple[float, bool]:
     engine = build(case)
     run_steps(engine, case, range(2))
     objective = NextTokenConfig().build()
-    before = engine.eval_step(rows_of(samples(99), 0, 2), objective)
-    again = engine.eval_step(rows_of(samples(99), 0, 2), objective)
+    before = engine.eval_step(rows_of(samples(99), 0, 2), objective).loss_sum
+    again = engine.eval_step(rows_of(samples(99), 0, 2), objective).loss_sum
     run_steps(engine, case, range(2, 3))
     return before, before == again
 

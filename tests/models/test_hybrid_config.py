@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.cost_case import cache_bytes, measured_saves
 from support.hybrid import changed, hybrid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config.components import check_component
 from pretrain.config.typecheck import Report
-from pretrain.models.hybrid.cost import model_cost
+from pretrain.models.hybrid.cost import cost_by_part, layer_cost, model_cost
+from pretrain.models.hybrid.pattern import LayerRatios
+from pretrain.nn.cost import Cost
+from pretrain.objectives.cross_entropy import cross_entropy_rows
 from pretrain.parallel.layers import TorchLayers
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -41,6 +45,7 @@ def test_a_good_configuration_has_no_violations():
     ("changes", "field", "rule", "fix"),
     [
         ({"pattern": ""}, "pattern", "one symbol for each layer", "M-M*-M-M-"),
+        ({"pattern": None}, "pattern", "one symbol for each layer", "M-M*-M-M-"),
         ({"pattern": "MX*?"}, "pattern", "'M' Mamba-2", "'M*'"),
         ({"attention.num_heads": 5, "attention.num_kv_heads": 5}, "attention.num_heads", "divide width (32)", "4 or 8"),
         ({"attention.num_kv_heads": 3}, "attention.num_kv_heads", "divide num_heads (4)", "2 or 4"),
@@ -89,6 +94,8 @@ def test_head_dim_frees_heads_from_dividing_width():
             "mlp.activation": "relu2",
             "mlp.hidden_size": 40,
         },
+        {"pattern": "mE*E", "moe.hidden_size": 24, "norm.kind": "layer", "norm.embedding": True},
+        {"pattern": "M*m-", "norm.placement": "peri", "attention.qk_norm": True, "attention.gate": "head"},
     ],
 )
 def test_cost_matches_the_module_and_the_flop_counter(changes):
@@ -103,11 +110,66 @@ def test_cost_matches_the_module_and_the_flop_counter(changes):
     assert cost.flops_per_token * 2 * length == counter.get_total_flops()
 
 
-def test_costs_of_layers_and_ends_add_up_to_the_model():
+def kept_bytes(config, length, batch_size, dtype):
+    """What autograd keeps of a training step, loss included."""
+    model = config.build(TorchLayers())
+    model.reset_parameters(0)
+    model.to(dtype)
+    tokens_LB = torch.arange(length * batch_size).view(length, batch_size) % config.vocab_size
+    targets_R = tokens_LB.flatten().roll(1)
+    with measured_saves(model) as saves:
+        cross_entropy_rows(model(tokens_LB).flatten(0, 1), targets_R)
+    return saves.total_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": "--"},
+        {"pattern": "-", "tied_embeddings": False, "mlp.activation": "gelu"},
+        {"pattern": "--", "norm.placement": "post"},
+        {"pattern": "--", "norm.placement": "peri", "norm.embedding": True},
+        {"pattern": "--", "norm.kind": "layer"},
+        {"pattern": "--", "norm.kind": "layer1p", "norm.placement": "peri"},
+        {"pattern": "--", "residual_fp32": True},
+        {"pattern": "--", "residual_fp32": True, "norm.placement": "post"},
+        {"pattern": "--", "residual_fp32": True, "norm.placement": "peri", "norm.embedding": True},
+        {"pattern": "-", "logit_softcap": 30.0},
+        {"pattern": "-*-", "norm.embedding": True},
+        {"pattern": "M*m-", "mamba2.chunk_size": 8, "mamba1.state_dim": 4, "attention.rope_theta": 1e4},
+        {"pattern": "-E", "moe.hidden_size": 24},
+    ],
+)
+def test_activation_bytes_are_what_a_training_step_keeps(changes, dtype):
+    config = changed(SMALL, changes)
+    length = 24
+    measured = (kept_bytes(config, length, 2, dtype) - kept_bytes(config, length, 1, dtype)) / length
+    stated = model_cost(config, length, dtype.itemsize).activation_bytes_per_token
+    assert stated == pytest.approx(measured, rel=1e-12)
+
+
+def test_state_bytes_are_what_a_cache_holds():
+    config = changed(SMALL, {"pattern": "Mm*-*", "mamba2.chunk_size": 16, "attention.windows": (8, None)})
+    model = config.build(TorchLayers())
+    model.reset_parameters(0)
+    for tokens in (1, 5, 40):
+        cache = model.init_cache(1, torch.float32, "cpu")
+        model.prefill(torch.zeros(tokens, 1, dtype=torch.long), cache)
+        assert model_cost(config, tokens, 4).state_bytes == cache_bytes(cache.layers)
+
+
+def test_costs_of_layers_ends_and_parts_add_up_to_the_model():
     costs = SMALL.layer_costs(64)
     assert len(costs) == SMALL.num_layers == 4
     assert costs[1] == costs[3] != costs[0]
-    assert sum(costs) + sum(SMALL.end_costs()) == model_cost(SMALL, 64).flops_per_token
+    total = model_cost(SMALL, 64)
+    assert sum(costs) + sum(SMALL.end_costs()) == total.flops_per_token
+    parts = cost_by_part(SMALL, 64)
+    assert list(parts) == ["embedding", "Mamba-2", "MLP", "attention", "norms", "head"]
+    layers = sum((layer_cost(SMALL, layer, 64) for layer in range(4)), start=Cost())
+    final_norm = parts["norms"].parameters // 5
+    assert parts["embedding"].parameters + layers.parameters + final_norm == total.parameters
 
 
 # ---- layouts
@@ -167,21 +229,56 @@ def test_layout_faults_are_reported_together_and_only_for_kinds_in_the_pattern()
     assert layout_faults(config, 1, False, 15) == {}
 
 
-def test_published_8b_hybrid_parameter_count():
-    pattern = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    config = hybrid(
-        pattern=pattern,
-        width=4096,
-        vocab_size=256_000,
-        attention__num_heads=32,
-        attention__num_kv_heads=8,
-        mamba2__groups=8,
-        mlp__hidden_size=16384,
-        mlp__activation="gelu",
-        tied_embeddings=False,
+# ---- ratios
+
+RATIOS = LayerRatios(num_layers=8, shares={"mamba2": 0.375, "attention": 0.125, "mlp": 0.5})
+
+
+def test_ratios_stand_for_the_pattern_that_they_spread():
+    written = changed(SMALL, {"pattern": "M-M-*-M-"})
+    spread = changed(SMALL, {"pattern": None, "layer_ratios": RATIOS})
+    assert list(spread.violations()) == []
+    assert spread.layer_pattern == written.layer_pattern == written.pattern
+    assert spread.num_layers == 8
+    assert [spread.place(layer) for layer in range(8)] == [written.place(layer) for layer in range(8)]
+    assert model_cost(spread, 64) == model_cost(written, 64)
+    names = [name for name, _ in spread.build(TorchLayers()).named_parameters()]
+    assert names == [name for name, _ in written.build(TorchLayers()).named_parameters()]
+
+
+def test_pattern_and_ratios_together_are_refused():
+    found = faults(layer_ratios=RATIOS)
+    assert list(found) == ["pattern"]
+    assert "given twice" in found["pattern"][1]
+
+
+def test_faulty_ratios_are_reported_with_the_rest_of_the_model():
+    broken = LayerRatios(num_layers=8, shares={"mamba2": 0.5, "mamba": 0.4})
+    found = faults(pattern=None, layer_ratios=broken, vocab_size=0)
+    assert set(found) == {"layer_ratios.shares.mamba", "layer_ratios.shares", "vocab_size"}
+    assert "mamba2" in found["layer_ratios.shares.mamba"][2]
+    with pytest.raises(ValueError, match=r"layer_ratios\.shares\.mamba"):
+        changed(SMALL, {"pattern": None, "layer_ratios": broken}).build(TorchLayers())
+
+
+def test_ratios_can_be_written_in_a_file():
+    fields = yaml.safe_load(
+        """
+        _target_: pretrain.models.hybrid.config.HybridConfig
+        layer_ratios: {num_layers: 8, shares: {mamba2: 0.375, attention: 0.125, mlp: 0.5}}
+        width: 32
+        vocab_size: 64
+        attention: {num_heads: 4}
+        mamba2: {head_dim: 16}
+        """
     )
-    assert list(config.violations()) == []
-    assert model_cost(config, 4096).parameters == pytest.approx(8.65e9, rel=0.005)
+    report = Report()
+    config = check_component(fields, "model", report)
+    assert report.violations == []
+    assert config.layer_pattern == "M-M-*-M-"
+    fields["layer_ratios"]["shares"]["mlp"] = "half"
+    check_component(fields, "model", report)
+    assert [violation.path for violation in report.violations] == ["model.layer_ratios.shares.mlp"]
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("hybrid_3m", 2e6, 3e6), ("hybrid_tiny", 1e4, 1e5)])

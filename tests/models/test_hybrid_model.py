@@ -8,6 +8,7 @@ from support.hybrid import changed, hybrid
 from support.logical import logical_tensors
 
 from pretrain.models.generation import generate
+from pretrain.nn.layout import SequenceLayout
 from pretrain.parallel.layers import TorchLayers
 
 CONFIG = hybrid(
@@ -316,3 +317,107 @@ def test_every_layer_kind_learns_to_tell_a_fixed_sequence(pattern):
             assert all(bool(p.grad.abs().sum() > 0) for p in model.parameters())
         optimizer.step()
     assert float(loss.detach()) < 1.0
+
+
+# ---- norms, residual stream and logits
+
+
+def norm_formula(norm, x, shifted):
+    y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + CONFIG.norm.eps)
+    return y * (norm.weight + shifted) + norm.bias
+
+
+def random_norms(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+def test_the_ends_of_the_model_match_their_formulas(placement):
+    """Embedding, its norm, the layers, the final norm (none after post-norm layers), the head and its soft cap."""
+    changes = {"norm__kind": "layer1p", "norm__embedding": True, "norm__placement": placement}
+    model = random_norms(make_model(logit_softcap=2.0, **changes))
+    tokens = random_tokens(9, 2)
+    layout = SequenceLayout(9, 2, torch.device("cpu"))
+    x = norm_formula(model.embedding_norm, model.embedding.weight[tokens], 1)
+    for layer in model.layers.values():
+        x = layer(x, layout)
+    assert hasattr(model, "final_norm") == (placement != "post")
+    if placement != "post":
+        x = norm_formula(model.final_norm, x, 1)
+    logits = 2.0 * torch.tanh(x @ model.embedding.weight.t() / 2.0)
+    torch.testing.assert_close(model(tokens), logits, rtol=1e-9, atol=1e-9)
+    assert float(logits.detach().abs().max()) > 0.5  # the cap acts
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "layer1p"])
+def test_names_and_counts_of_norms(kind, placement):
+    config = changed(CONFIG, {"norm.kind": kind, "norm.placement": placement, "norm.embedding": True})
+    model = config.build(TorchLayers())
+    model.reset_parameters(0)
+    fields = ["weight"] if kind == "rms" else ["weight", "bias"]
+    norms = ["embedding_norm", *([] if placement == "post" else ["final_norm"])]
+    norms += [f"layers.{i}.{n}" for i in range(5) for n in ("norm", "out_norm") if n == "norm" or placement == "peri"]
+    found = {name for name, _ in model.named_parameters() if "norm" in name and ".mixer." not in name}
+    assert found == {f"{norm}.{field}" for norm in norms for field in fields}
+    expected = 0.0 if kind == "layer1p" else 1.0
+    assert all(torch.equal(model.get_parameter(f"{norm}.weight"), torch.full((32,), expected)) for norm in norms)
+
+
+def test_a_residual_stream_in_fp32_loses_less():
+    """bf16 parameters: the stream between layers is fp32, mixers and logits are bf16, and the error shrinks."""
+    config = changed(CONFIG, {"pattern": "*-" * 16, "residual_fp32": True})
+    models = {}
+    for kept in (True, False):
+        models[kept] = dataclasses.replace(config, residual_fp32=kept).build(TorchLayers())
+        models[kept].reset_parameters(0)
+    tokens = random_tokens(16, 2)
+    with torch.no_grad():
+        models[False].bfloat16()
+        exact_model = make_model(pattern="*-" * 16)
+        exact_model.load_state_dict(models[False].state_dict())
+        exact = exact_model.double()(tokens)
+        seen = []
+        models[True].bfloat16()
+        for layer in models[True].layers.values():
+            layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+        errors = {}
+        for kept, model in models.items():
+            logits = model(tokens)
+            assert logits.dtype == torch.bfloat16
+            errors[kept] = float((logits.double() - exact).square().mean().sqrt())
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert errors[True] < 0.8 * errors[False]
+
+
+def test_a_residual_stream_in_fp32_changes_nothing_for_fp32_parameters():
+    tokens = random_tokens(16, 2)
+    assert torch.equal(make_model(torch.float32)(tokens), make_model(torch.float32, residual_fp32=True)(tokens))
+
+
+ALL_OPTIONS = {
+    "norm__placement": "peri",
+    "norm__embedding": True,
+    "logit_softcap": 5.0,
+    "residual_fp32": True,
+    "attention__qk_norm": True,
+    "attention__windows": (4,),
+    "attention__softcap": 3.0,
+    "attention__clip_gamma": -0.01,
+    "attention__gate": "head",
+    "attention__rope_fraction": 0.5,
+}
+
+
+def test_generation_agrees_with_the_full_forward_with_all_options():
+    model, tokens = random_norms(make_model(pattern="M*-*", **ALL_OPTIONS)), random_tokens(20, 2)
+    expected = model(tokens)
+    cache = model.init_cache(2, torch.float64, "cpu")
+    pieces = [model.prefill(tokens[:6], cache)]
+    pieces += [model.decode(token_B, cache).unsqueeze(0) for token_B in tokens[6:]]
+    torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-6, atol=1e-7)

@@ -131,6 +131,32 @@ def test_four_tensor_parallel_ranks_equal_the_whole_model(worker_pools, sequence
     worker_pools(4, "megatron").run(compare_with_whole, config, sequence_parallel, *EXACT)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("gate", ["head", "feature"])
+def test_options_of_attention_and_norms(worker_pools, gate, sequence_parallel):
+    """Weights that all heads share (q_norm, k_norm) get gradients from the heads of every rank."""
+    options = {
+        "pattern": "*-*",
+        "attention.qk_norm": True,
+        "attention.qkv_bias": True,
+        "attention.out_bias": True,
+        "attention.rope_fraction": 0.5,
+        "attention.windows": (6, None),
+        "attention.softcap": 4.0,
+        "attention.clip_gamma": -0.01,
+        "attention.gate": gate,
+        "norm.kind": "layer1p",
+        "norm.placement": "peri" if gate == "head" else "post",
+        "norm.embedding": True,
+        "logit_softcap": 8.0,
+        "residual_fp32": True,
+        "tied_embeddings": sequence_parallel,
+    }
+    workers = worker_pools(2, "megatron")
+    assert min(workers.run(compare_with_whole, changed(CONFIG, options), sequence_parallel, *EXACT)) > 5
+
+
 def compare_group_of_one(rank, size, config, dtype):
     whole = whole_model(config, dtype)
     model = config.build(megatron_layers(1, dtype=dtype)).to(dtype)

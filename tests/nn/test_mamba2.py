@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.cost_case import check_cost
 
 from pretrain.nn.initialisation import initialise
 from pretrain.nn.layout import SequenceLayout
@@ -13,21 +14,20 @@ CPU = torch.device("cpu")
 WIDTH, INNER, HEAD_DIM, STATE, KERNEL = 24, 48, 8, 10, 4
 
 
-def make_mixer(num_groups=1, dtype=torch.float32):
-    mixer = Mamba2Mixer(
-        TorchLayers(),
-        WIDTH,
-        Mamba2Config(head_dim=HEAD_DIM, state_dim=STATE, groups=num_groups, conv_kernel=KERNEL, chunk_size=8),
-        norm_eps=1e-5,
-    )
+def make_mixer(num_groups=1, dtype=torch.float32, **options):
+    sizes = {"head_dim": HEAD_DIM, "state_dim": STATE, "groups": num_groups, "conv_kernel": KERNEL, "chunk_size": 8}
+    mixer = Mamba2Mixer(TorchLayers(), WIDTH, Mamba2Config(**sizes, **options), norm_eps=1e-5)
     initialise(mixer, mixer.initialisers(std=0.3, out_std=0.3), seed=0)
     with torch.no_grad():  # ones would hide a mistake
         mixer.D.uniform_(-1, 1)
         mixer.norm.weight.uniform_(0.5, 1.5)
+        for layer in (mixer.in_proj, mixer.out_proj):
+            if layer.bias is not None:
+                layer.bias.uniform_(-1, 1)
     return mixer.to(dtype)
 
 
-def transformers_mixer(mixer, num_groups):
+def transformers_mixer(mixer, num_groups, dt_limit=(0.0, float("inf"))):
     from transformers import Mamba2Config as TheirConfig
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMixer
 
@@ -39,10 +39,10 @@ def transformers_mixer(mixer, num_groups):
         expand=2,
         conv_kernel=KERNEL,
         n_groups=num_groups,
-        use_bias=False,
-        use_conv_bias=True,
+        use_bias=mixer.in_proj.bias is not None,
+        use_conv_bias=mixer.conv.bias is not None,
         chunk_size=8,
-        time_step_limit=(0.0, float("inf")),
+        time_step_limit=dt_limit,
         rms_norm=True,
         layer_norm_epsilon=1e-5,
         num_hidden_layers=1,
@@ -51,7 +51,11 @@ def transformers_mixer(mixer, num_groups):
     with torch.no_grad():
         theirs.in_proj.weight.copy_(mixer.in_proj.weight)
         theirs.conv1d.weight.copy_(mixer.conv.weight.unsqueeze(1))
-        theirs.conv1d.bias.copy_(mixer.conv.bias)
+        if mixer.conv.bias is not None:
+            theirs.conv1d.bias.copy_(mixer.conv.bias)
+        for layer, copy in ((mixer.in_proj, theirs.in_proj), (mixer.out_proj, theirs.out_proj)):
+            if layer.bias is not None:
+                copy.bias.copy_(layer.bias)
         theirs.norm.weight.copy_(mixer.norm.weight)
         theirs.out_proj.weight.copy_(mixer.out_proj.weight)
         for name in ("A_log", "D", "dt_bias"):
@@ -61,9 +65,32 @@ def transformers_mixer(mixer, num_groups):
 
 @pytest.mark.parametrize("length", [1, 8, 29])
 def test_mixer_matches_transformers_forward_and_backward(length):
+    compare_with_transformers(length)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "options"),
+    [
+        (1, {"proj_bias": True}),
+        (1, {"conv_bias": False}),
+        (3, {}),  # transformers normalises over as many groups as share B and C
+        (1, {"dt_limit": (0.01, 0.03)}),
+        (2, {"proj_bias": True, "conv_bias": False, "dt_limit": (0.0, 0.03), "norm_groups": 2}),
+    ],
+)
+def test_options_match_transformers(num_groups, options):
+    compare_with_transformers(13, num_groups, **options)
+
+
+def compare_with_transformers(length, num_groups=1, **options):
     torch.manual_seed(0)
-    mixer = make_mixer()
-    theirs = transformers_mixer(mixer, 1)
+    mixer = make_mixer(num_groups, **options)
+    limit = options.get("dt_limit", (0.0, float("inf")))
+    theirs = transformers_mixer(mixer, num_groups, limit)
+    if "dt_limit" in options:  # the limits are met from both sides
+        step = torch.nn.functional.softplus(mixer.dt_bias)
+        assert step.min() < max(limit[0], 0.006)
+        assert step.max() > limit[1]
     x_LBD = torch.randn(length, 2, WIDTH, requires_grad=True)
     x_BLD = x_LBD.detach().transpose(0, 1).contiguous().requires_grad_()
     y_LBD, y_BLD = mixer(x_LBD, SequenceLayout(length, 2, CPU)), theirs(x_BLD)
@@ -77,6 +104,21 @@ def test_mixer_matches_transformers_forward_and_backward(length):
     for name, parameter in mixer.named_parameters():
         expected = theirs_by_name[name.replace("conv.", "conv1d.")].grad.view_as(parameter)
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_norm_groups_are_independent_of_the_groups_of_b_and_c():
+    """The output norm by its formula, over 4 parts of the inner features, where all heads share B and C."""
+    torch.manual_seed(0)
+    mixer = make_mixer(norm_groups=4)
+    kept = {}
+    handle = mixer.norm.register_forward_hook(lambda module, inputs, output: kept.update(inputs=inputs, output=output))
+    mixer(torch.randn(5, 2, WIDTH), SequenceLayout(5, 2, CPU))
+    handle.remove()
+    y, z = (t.double() for t in kept["inputs"])
+    gated = y * z / (1 + torch.exp(-z))
+    parts = gated.unflatten(-1, (4, INNER // 4))
+    expected = (parts / (parts.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * mixer.norm.weight.double()
+    torch.testing.assert_close(kept["output"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_norm_and_maps_are_per_group():
@@ -136,3 +178,30 @@ def test_step_continues_the_scan_with_constant_state(prompt_length):
             assert cache.ssm_state_BHPN.shape == (2, INNER // HEAD_DIM, HEAD_DIM, STATE)
             assert cache.conv_state_KBC.shape[0] == KERNEL - 1
     torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"proj_bias": True, "conv_bias": False, "state_dim": 6, "groups": 2, "norm_groups": 4, "dt_limit": (0.0, 0.1)},
+    ],
+)
+def test_cost_is_what_the_module_does(options, dtype):
+    # Only the rounding of stated bytes / tokens is allowed for.
+    check_cost(Mamba2Config(head_dim=8, chunk_size=16, **options), 32, dtype=dtype, activation_tolerance=1e-12)
+
+
+def test_impossible_options_are_named_with_a_fix():
+    ((field, found, rule, fix),) = Mamba2Config(head_dim=8, norm_groups=5).violations(32, 1)
+    assert (field, found) == ("norm_groups", 5)
+    assert "64" in rule
+    assert "4 or 8" in fix
+    for limit in ((0.2, 0.1), (-1.0, 1.0), (0.1, 0.1)):
+        ((field, found, _, _),) = Mamba2Config(head_dim=8, dt_limit=limit).violations(32, 1)
+        assert (field, found) == ("dt_limit", limit)
+    config = Mamba2Config(head_dim=8, groups=4, norm_groups=1)
+    ((field, found, rule, fix),) = config.parallel_violations(32, 2)
+    assert (field, found) == ("norm_groups", 1)
+    assert "normalised as a whole" in fix

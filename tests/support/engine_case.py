@@ -18,7 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.writer import Save
-from pretrain.config.schema import Config, DeepSpeedConfig, LauncherConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pretrain.config.schema import (
+    Config,
+    DeepSpeedConfig,
+    LauncherConfig,
+    MuonConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from pretrain.parallel.process import gather_objects
 
 GLOBAL_BATCH = 8
@@ -40,6 +48,7 @@ class Case:
     activation_checkpointing: str = "none"
     sub_group_size: int | None = None
     threshold: int = 20
+    muon: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -63,7 +72,7 @@ class Case:
                 clip_grad_norm=self.clip,
                 activation_checkpointing=self.activation_checkpointing,  # type: ignore[arg-type]
             ),
-            optimizer=OptimizerConfig(
+            optimizer=(MuonConfig if self.muon else OptimizerConfig)(
                 learning_rate=1e-2, weight_decay=0.1, schedule=ScheduleConfig(kind="constant", horizon=NUM_STEPS)
             ),
             engine=DeepSpeedConfig(
@@ -188,12 +197,12 @@ class Trajectory:
     weights: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
-def torch_reference(clip: float | None = 0.5, tied: bool = False) -> Trajectory:
+def torch_reference(clip: float | None = 0.5, tied: bool = False, muon: bool = False) -> Trajectory:
     """The same training in plain torch, one process, one batch a step, FP32."""
     from pretrain.optim.build import build_optimizer
 
     model = PackedNet(tied)
-    optimizer = build_optimizer(model, Case().config().optimizer)
+    optimizer = build_optimizer(model, Case(muon=muon).config().optimizer)
     losses, norms = [], []
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:

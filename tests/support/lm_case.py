@@ -22,6 +22,7 @@ from pretrain.config.schema import (
     EngineConfig,
     LauncherConfig,
     MegatronConfig,
+    MuonConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -53,6 +54,7 @@ class Case:
     z_loss: float = 0.0
     activation_checkpointing: str = "none"
     model_config: HybridConfig | None = None
+    muon: bool = False
 
     def config(self) -> Config:
         return Config(
@@ -80,7 +82,7 @@ class Case:
                 mlp__ratio=2.0,
                 tied_embeddings=self.tied,
             ),
-            optimizer=OptimizerConfig(
+            optimizer=(MuonConfig if self.muon else OptimizerConfig)(
                 learning_rate=2e-3, weight_decay=0.1, schedule=ScheduleConfig(kind="constant", horizon=100)
             ),
             engine=self.engine,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pretrain.config.schema import Config, OptimizerConfig, ScheduleConfig, TrainConfig
-from pretrain.engines.base import StepResult
+from pretrain.engines.base import EvalResult, StepResult
 from pretrain.training.callback import Callback
 from pretrain.training.evaluate import evaluate
 from pretrain.training.loop import NonFiniteError, Trainer
@@ -45,9 +45,9 @@ class Engine:
         targets = sum(float(batch["mask"].sum()) for batch in microbatches)
         return StepResult(self.loss * targets, 1.0, {"hits": targets / 2}, {"forward": 0.1})
 
-    def eval_step(self, batch: dict[str, torch.Tensor], loss: Any) -> float:
+    def eval_step(self, batch: dict[str, torch.Tensor], loss: Any) -> EvalResult:
         self.seen += batch["index"].tolist()
-        return float((batch["index"] * batch["mask"].sum(1)).sum())
+        return EvalResult(float((batch["index"] * batch["mask"].sum(1)).sum()))
 
 
 class Stream:

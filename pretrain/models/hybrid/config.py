@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from pretrain.models.hybrid.pattern import LayerRatios
 from pretrain.nn.attention_config import AttentionConfig
+from pretrain.nn.mamba1_config import Mamba1Config
 from pretrain.nn.mamba2_config import Mamba2Config
 from pretrain.nn.mixer_config import MixerConfig, Place, Violation, not_positive, uneven_share
 from pretrain.nn.mlp_config import MLPConfig
+from pretrain.nn.moe_config import MoEConfig
 from pretrain.nn.norm_config import NormConfig
 
 if TYPE_CHECKING:
@@ -17,41 +21,59 @@ if TYPE_CHECKING:
     from pretrain.parallel.layers import ParallelLayers
     from pretrain.parallel.stage import Stage
 
-MIXERS = {"M": "mamba2", "*": "attention", "-": "mlp"}
+MIXERS = {"M": "mamba2", "m": "mamba1", "*": "attention", "-": "mlp", "E": "moe"}
 """The field that configures the layers of each pattern symbol."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """Language model of single-sublayer residual layers, one per symbol of ``pattern`` (arXiv 2406.07887).
+    """Language model of single-sublayer residual layers, one per symbol of a pattern (arXiv 2406.07887).
+
+    Either ``pattern`` or ``layer_ratios`` is given; :attr:`layer_pattern` is what follows from either.
 
     Attributes:
-        pattern: ``M`` Mamba-2, ``*`` attention, ``-`` MLP, first layer first.
+        pattern: ``M`` Mamba-2, ``m`` Mamba-1, ``*`` attention, ``-`` MLP, ``E`` MoE, first layer first.
+        layer_ratios: number of layers and share of each kind, spread evenly.
         width: features of the residual stream.
         vocab_size: rows of the embedding.
         max_sequence_length: longest sequence to train on, in tokens; None for no limit.
-        mamba2, attention, mlp: the layers of each kind.
+        mamba2, mamba1, attention, mlp, moe: the layers of each kind.
         norm: the norms between layers.
         tied_embeddings: the output head is the embedding matrix.
+        logit_softcap: logits x become logit_softcap * tanh(x / logit_softcap) (Gemma 2); None for plain logits.
+        residual_fp32: the residual stream is kept in fp32 between layers, whatever the precision of the parameters.
         init_std: standard deviation of embedding and projection weights at the start; output projections of
             the sublayers get ``init_std / sqrt(number of layers)``.
     """
 
-    pattern: str
+    pattern: str | None = None
+    layer_ratios: LayerRatios | None = None
     width: int
     vocab_size: int
     max_sequence_length: int | None = None
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    mamba1: Mamba1Config = field(default_factory=Mamba1Config)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     norm: NormConfig = field(default_factory=NormConfig)
     tied_embeddings: bool = True
+    logit_softcap: float | None = None
+    residual_fp32: bool = False
     init_std: float = 0.02
+
+    @cached_property
+    def layer_pattern(self) -> str:
+        """Symbol of each layer, first layer first, written out or from the ratios; empty where these are invalid."""
+        if self.pattern is not None or self.layer_ratios is None:
+            return self.pattern or ""
+        symbols = _symbols()
+        return "" if any(self.layer_ratios.violations(symbols)) else self.layer_ratios.pattern(symbols)
 
     @property
     def num_layers(self) -> int:
         """Sublayers, one for each symbol of the pattern."""
-        return len(self.pattern)
+        return len(self.layer_pattern)
 
     def mixer(self, symbol: str) -> MixerConfig:
         """Configuration of the layers of one symbol."""
@@ -60,18 +82,19 @@ class HybridConfig:
 
     def place(self, layer: int) -> Place:
         """Where the mixer of a layer (of the whole model) stands."""
-        occurrence = self.pattern[:layer].count(self.pattern[layer])
+        occurrence = self.layer_pattern[:layer].count(self.layer_pattern[layer])
         return Place(width=self.width, layer=layer, occurrence=occurrence, norm_eps=self.norm.eps)
 
     def violations(self) -> Iterator[Violation]:
         """Every broken rule as (field, found, rule, fix). Mixers that the pattern lacks are not judged."""
         yield from self._pattern_violations()
         examples = {"width": 512, "vocab_size": 32768, "max_sequence_length": 4096, "init_std": 0.02}
+        examples["logit_softcap"] = 30.0
         yield from not_positive(self, examples)
         yield from _within("norm", self.norm.violations())
         if self.width > 0:
             for symbol, name in self._kinds():
-                faults = self.mixer(symbol).violations(self.width, self.pattern.count(symbol))
+                faults = self.mixer(symbol).violations(self.width, self.layer_pattern.count(symbol))
                 yield from _within(name, faults)
 
     def parallel_violations(
@@ -116,17 +139,29 @@ class HybridConfig:
 
     def _kinds(self) -> list[tuple[str, str]]:
         """(symbol, field) of each known kind in the pattern."""
-        return [(symbol, name) for symbol, name in MIXERS.items() if symbol in self.pattern]
+        return [(symbol, name) for symbol, name in MIXERS.items() if symbol in self.layer_pattern]
 
     def _pattern_violations(self) -> Iterator[Violation]:
         known = ", ".join(f"'{symbol}' {self.mixer(symbol).label}" for symbol in MIXERS)
-        if not self.pattern:
-            yield "pattern", self.pattern, f"needs one symbol for each layer ({known})", "for example 'M-M*-M-M-'"
-        unknown = "".join(sorted(set(self.pattern) - MIXERS.keys()))
+        if self.layer_ratios is not None:
+            yield from _within("layer_ratios", self.layer_ratios.violations(_symbols()))
+            if self.pattern is not None:
+                rule = "the layers are given twice, as pattern and as layer_ratios"
+                yield "pattern", self.pattern, rule, "set one of the two to null"
+        elif not self.pattern:
+            rule = f"needs one symbol for each layer ({known}), or layer_ratios"
+            yield "pattern", self.pattern, rule, "for example 'M-M*-M-M-'"
+        pattern = self.pattern or ""
+        unknown = "".join(sorted(set(pattern) - MIXERS.keys()))
         if unknown:
-            kept = "".join(symbol for symbol in self.pattern if symbol in MIXERS)
+            kept = "".join(symbol for symbol in pattern if symbol in MIXERS)
             fix = f"remove {unknown!r}" + (f", for example {kept!r}" if kept else "")
-            yield "pattern", self.pattern, f"symbols must be {known}", fix
+            yield "pattern", pattern, f"symbols must be {known}", fix
+
+
+def _symbols() -> dict[str, str]:
+    """The pattern symbol of each kind of layer, by the name of its field."""
+    return {name: symbol for symbol, name in MIXERS.items()}
 
 
 def _within(name: str, violations: Iterator[Violation]) -> Iterator[Violation]:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.hybrid.config import HybridConfig
-from pretrain.nn.block import Block
-from pretrain.nn.initialisation import constant, initialise, normal
+from pretrain.nn.block import Block, build_block
+from pretrain.nn.initialisation import initialise, normal
 from pretrain.nn.layout import SequenceLayout
-from pretrain.nn.norm import RMSNorm
+from pretrain.nn.norm import build_norm
+from pretrain.ops.blocks import arithmetic_dtype
+from pretrain.ops.softcap import soft_cap
 from pretrain.parallel.layers import ParallelLayers
 from pretrain.parallel.stage import Stage
 
@@ -33,9 +35,10 @@ class HybridCache:
 class HybridLM(nn.Module):
     """Decoder-only language model with one single-sublayer residual layer for each pattern symbol.
 
-    Parameters are named ``embedding.weight``, ``layers.<i>.norm.weight``, ``layers.<i>.mixer.*``,
-    ``final_norm.weight`` and, unless tied, ``head.weight``, i counting the layers of the whole model. Their values are
-    undefined until :meth:`reset_parameters` or a checkpoint load.
+    Parameters are named ``embedding.weight``, ``embedding_norm.*`` where there is one, ``layers.<i>.norm.*``,
+    ``layers.<i>.mixer.*``, further ones of the layer's wiring (``layers.<i>.out_norm.*``), ``final_norm.*`` and, unless
+    tied, ``head.weight``, i counting the layers of the whole model. Their values are undefined until
+    :meth:`reset_parameters` or a checkpoint load.
 
     A pipeline ``stage`` holds its own layers only. Where embedding and head are tied and lie on different stages, each
     holds a copy of ``embedding.weight``, and the engine has to sum their gradients.
@@ -56,17 +59,19 @@ class HybridLM(nn.Module):
         width, tied = config.width, config.tied_embeddings
         if self.stage.has_embedding or (self.stage.has_head and tied):
             self.embedding = layers.embedding(config.vocab_size, width)
+        if self.stage.has_embedding and config.norm.embedding:
+            self.embedding_norm = build_norm(layers, width, config.norm)
         self.layers = nn.ModuleDict(
             {
-                str(i): Block(
-                    RMSNorm(layers, width, config.norm.eps),
-                    config.mixer(config.pattern[i]).build(layers, config.place(i)),
+                str(i): build_block(
+                    layers, width, config.norm, config.mixer(config.layer_pattern[i]).build(layers, config.place(i))
                 )
                 for i in range(self.stage.first, self.stage.stop)
             }
         )
         if self.stage.has_head:
-            self.final_norm = RMSNorm(layers, width, config.norm.eps)
+            if config.norm.final:
+                self.final_norm = build_norm(layers, width, config.norm)
             self.head = None if tied else layers.head(width, config.vocab_size)
         if (shared := self.shared_embedding_weight()) is not None:
             _mark_shared(shared, self.stage)
@@ -87,7 +92,10 @@ class HybridLM(nn.Module):
         std = self.config.init_std
         out_std = std / math.sqrt(self.config.num_layers)
         initialisers = {"embedding.weight": normal(std), "head.weight": normal(std)}
-        initialisers["final_norm.weight"] = constant(1.0)
+        for norm in ("embedding_norm", "final_norm"):
+            if hasattr(self, norm):
+                fills = getattr(self, norm).initialisers()
+                initialisers |= {f"{norm}.{name}": fill for name, fill in fills.items()}
         for index, layer in self.layers.items():
             assert isinstance(layer, Block)
             for name, fill in layer.initialisers(std, out_std).items():
@@ -122,7 +130,7 @@ class HybridLM(nn.Module):
         layout = SequenceLayout(length, batch_size, tokens_LB.device, seq_idx_LB, position_ids_LB)
         if self.stage.has_embedding:
             assert hidden_LBD is None, "hidden states given to the stage that embeds the tokens"
-            x_LBD = self.embedding(tokens_LB)
+            x_LBD = self._embed(tokens_LB)
         else:
             assert hidden_LBD is not None, "a stage without embedding needs hidden states"
             x_LBD = hidden_LBD
@@ -169,19 +177,26 @@ class HybridLM(nn.Module):
     def _advance(self, tokens_LB: Tensor, cache: HybridCache) -> Tensor:
         length, batch_size = tokens_LB.shape
         layout = SequenceLayout(length, batch_size, tokens_LB.device, first_position=cache.length)
-        x_LBD = self.embedding(tokens_LB)
+        x_LBD = self._embed(tokens_LB)
         for layer, layer_cache in zip(self.layers.values(), cache.layers, strict=True):
             x_LBD = layer(x_LBD, layout, layer_cache)
         cache.length += length
         return self._logits(x_LBD)
 
+    def _embed(self, tokens_LB: Tensor) -> Tensor:
+        """The residual stream before the first layer, in its dtype."""
+        x_LBD = self.embedding(tokens_LB)
+        dtype = arithmetic_dtype(x_LBD.dtype) if self.config.residual_fp32 else x_LBD.dtype
+        return self.embedding_norm(x_LBD, dtype) if self.config.norm.embedding else x_LBD.to(dtype)
+
     def _logits(self, x_LBD: Tensor) -> Tensor:
-        x_LBD = self.final_norm(x_LBD)
-        if self.head is None:
-            weight = self.shared_embedding_weight()
-            assert weight is not None
-            return self._parallel.tied_logits(x_LBD, weight)
-        return self.head(x_LBD)
+        shared = self.shared_embedding_weight()
+        weight = self.head.weight if shared is None and self.head is not None else shared
+        assert isinstance(weight, Tensor)
+        x_LBD = self.final_norm(x_LBD, weight.dtype) if self.config.norm.final else x_LBD.to(weight.dtype)
+        logits_LBV = self._parallel.tied_logits(x_LBD, weight) if self.head is None else self.head(x_LBD)
+        cap = self.config.logit_softcap
+        return logits_LBV if cap is None else soft_cap(logits_LBV, cap)
 
 
 def _mark_shared(weight: nn.Parameter, stage: Stage) -> None:
