@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from pretrain.nn.initialisation import Initialiser
+from pretrain.nn.initialisation import Initialiser, constant, normal
 from pretrain.nn.layout import SequenceLayout
 from pretrain.nn.norm import build_norm
 from pretrain.nn.norm_config import NormConfig
-from pretrain.parallel.layers import ParallelLayers
+from pretrain.parallel.layers import ParallelLayers, exempt_from_weight_decay
 
 
 class Mixer(Protocol):
@@ -98,7 +99,56 @@ class PeriNormBlock(Block):
         return x_LBD + self.out_norm(y_LBD)
 
 
-BLOCKS: dict[str, type[Block]] = {"pre": PreNormBlock, "post": PostNormBlock, "peri": PeriNormBlock}
+class GRUGate(nn.Module):
+    """What a GRU makes of its state x and an input y (Parisotto et al., arXiv 1910.06764, section 3.2):
+
+    r = sigmoid(W_r y + U_r x),  z = sigmoid(W_z y + U_z x - b),  h = tanh(W_h y + U_h (r x)),  (1 - z) x + z h.
+    """
+
+    def __init__(self, layers: ParallelLayers, width: int) -> None:
+        super().__init__()
+        self.W, self.U = (layers.replicated(nn.Parameter(torch.empty(3 * width, width))) for _ in range(2))
+        self.bias = layers.replicated(exempt_from_weight_decay(nn.Parameter(torch.empty(width))))
+        self.canonical_components = {name: {"r": width, "z": width, "h": width} for name in ("W", "U")}
+
+    def initialisers(self, std: float) -> dict[str, Initialiser]:
+        """Normal matrices; b = 2, so that the layer begins near the identity."""
+        return {"W": normal(std), "U": normal(std), "bias": constant(2.0)}
+
+    def forward(self, x_LBD: Tensor, y_LBD: Tensor) -> Tensor:
+        """The new stream, in the dtype of x; gates in that of the weights."""
+        width, dtype = x_LBD.shape[-1], self.W.dtype
+        r, z, h = F.linear(y_LBD.to(dtype), self.W).chunk(3, dim=-1)
+        rz = F.linear(x_LBD.to(dtype), self.U[: 2 * width])
+        r = torch.sigmoid(r + rz[..., :width])
+        z = torch.sigmoid(z + rz[..., width:] - self.bias)
+        h = torch.tanh(h + F.linear(r * x_LBD.to(dtype), self.U[2 * width :]))
+        return torch.lerp(x_LBD, h.to(x_LBD.dtype), z.to(x_LBD.dtype))
+
+
+class GRUGatedBlock(Block):
+    """GRU(x, relu(f(N(x)))): the gated transformer layer of arXiv 1910.06764, for one sublayer."""
+
+    def __init__(self, layers: ParallelLayers, width: int, norm: NormConfig, mixer: Any) -> None:
+        super().__init__(layers, width, norm, mixer)
+        self.gate = GRUGate(layers, width)
+
+    def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:
+        """See :class:`Block`."""
+        gate = {f"gate.{name}": fill for name, fill in self.gate.initialisers(std).items()}
+        return super().initialisers(std, out_std) | gate
+
+    def forward(self, x_LBD: Tensor, layout: SequenceLayout, cache: Any = None) -> Tensor:
+        """See :class:`Block`."""
+        return self.gate(x_LBD, F.relu(self.mixer(self.norm(x_LBD, self.mixer_dtype), layout, cache)))
+
+
+BLOCKS: dict[str, type[Block]] = {
+    "pre": PreNormBlock,
+    "post": PostNormBlock,
+    "peri": PeriNormBlock,
+    "gru": GRUGatedBlock,
+}
 """The class of each ``NormConfig.placement``."""
 
 

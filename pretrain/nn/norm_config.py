@@ -19,13 +19,14 @@ class NormConfig:
         kind: ``rms`` RMSNorm; ``layer`` LayerNorm with bias; ``layer1p`` LayerNorm with bias that stores its weight
             minus 1 (as NVIDIA's transformers).
         placement: around a sublayer f, ``pre`` x + f(N(x)); ``post`` N(x + f(x)), then no norm comes before the head;
-            ``peri`` x + N_out(f(N_in(x))) (arXiv 2502.02732, usually with ``embedding``).
+            ``peri`` x + N_out(f(N_in(x))) (arXiv 2502.02732, usually with ``embedding``); ``gru`` a GRU of x and
+            relu(f(N(x))) instead of their sum (arXiv 1910.06764), six matrices of width x width more.
         embedding: a norm after the embedding.
     """
 
     eps: float = 1e-5
     kind: Literal["rms", "layer", "layer1p"] = "rms"
-    placement: Literal["pre", "post", "peri"] = "pre"
+    placement: Literal["pre", "post", "peri", "gru"] = "pre"
     embedding: bool = False
 
     @property
@@ -48,6 +49,9 @@ class NormConfig:
     def layer_cost(self, width: int, bytes_per_value: int = 2, residual_bytes: int | None = None) -> Cost:
         """All that a layer has around its mixer. ``residual_bytes``: of a value of the residual stream."""
         outer = self.cost(width, residual_bytes or bytes_per_value)
+        if self.placement == "gru":
+            # Kept besides x: the mixer's output after relu, r, r x, z and h.
+            return outer + Cost(6 * width**2 + width, 12.0 * width**2, 0, 5 * bytes_per_value * width)
         return outer + self.cost(width, bytes_per_value) if self.placement == "peri" else outer
 
     def end_cost(self, width: int, bytes_per_value: int = 2, residual_bytes: int | None = None) -> Cost:

@@ -45,10 +45,18 @@ def normed(x, norm):
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * norm.weight
 
 
+def gru(x, y, gate):
+    (wr, wz, wh), (ur, uz, uh) = (matrix.double().chunk(3) for matrix in (gate.W, gate.U))
+    r = torch.sigmoid(y @ wr.T + x @ ur.T)
+    z = torch.sigmoid(y @ wz.T + x @ uz.T - gate.bias)
+    return (1 - z) * x + z * torch.tanh(y @ wh.T + (r * x) @ uh.T)
+
+
 FORMULAS = {
     "pre": lambda x, f, block: x + f(normed(x, block.norm)),
     "post": lambda x, f, block: normed(x + f(x), block.norm),
     "peri": lambda x, f, block: x + normed(f(normed(x, block.norm)), block.out_norm),
+    "gru": lambda x, f, block: gru(x, torch.relu(f(normed(x, block.norm))), block.gate),
 }
 
 
@@ -74,12 +82,13 @@ def test_every_parameter_has_a_name_an_initialiser_and_a_cost(placement, kind):
     initialise(block, block.initialisers(0.5, 0.02), seed=0)
     assert torch.equal(block.mixer.steps.detach(), torch.full((8,), 0.5))
     assert 0.01 < float(block.mixer.weight.detach().std()) < 0.03
-    names = [name for name, _ in block.named_parameters() if not name.startswith("mixer.")]
+    names = [name for name, _ in block.named_parameters() if not name.startswith(("mixer.", "gate."))]
     fields = ["weight"] if kind == "rms" else ["weight", "bias"]
-    norms = {"pre": ["norm"], "post": ["norm"], "peri": ["norm", "out_norm"]}[placement]
+    norms = {"pre": ["norm"], "post": ["norm"], "peri": ["norm", "out_norm"], "gru": ["norm"]}[placement]
     assert names == [f"{norm}.{field}" for norm in norms for field in fields]
     config = NormConfig(kind=kind, placement=placement)
-    assert config.layer_cost(8).parameters == 8 * len(names)
+    own = sum(parameter.numel() for name, parameter in block.named_parameters() if not name.startswith("mixer."))
+    assert config.layer_cost(8).parameters == own
 
 
 @pytest.mark.parametrize("placement", BLOCKS)
@@ -96,6 +105,7 @@ def test_a_wider_stream_meets_a_mixer_in_its_own_precision(placement):
         "pre": lambda: x.double() + f,
         "post": lambda: normed(x.double() + f, block.norm),
         "peri": lambda: x.double() + normed(f, block.out_norm).bfloat16(),
+        "gru": lambda: gru(x.double(), torch.relu(f), block.gate),
     }[placement]()
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 if placement != "peri" else 2e-2)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 if placement in ("pre", "post") else 5e-2)
     assert block(x.bfloat16(), LAYOUT).dtype == torch.bfloat16
