@@ -133,6 +133,7 @@ def kept_bytes(config, length, batch_size, dtype):
         {"pattern": "--", "norm.kind": "layer"},
         {"pattern": "--", "norm.kind": "layer1p", "norm.placement": "peri"},
         {"pattern": "--", "residual_fp32": True},
+        {"pattern": "--", "norm.placement": "gru"},
         {"pattern": "--", "residual_fp32": True, "norm.placement": "post"},
         {"pattern": "--", "residual_fp32": True, "norm.placement": "peri", "norm.embedding": True},
         {"pattern": "-", "logit_softcap": 30.0},

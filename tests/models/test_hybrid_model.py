@@ -336,7 +336,7 @@ def random_norms(model):
     return model
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+@pytest.mark.parametrize("placement", ["pre", "post", "peri", "gru"])
 def test_the_ends_of_the_model_match_their_formulas(placement):
     """Embedding, its norm, the layers, the final norm (none after post-norm layers), the head and its soft cap."""
     changes = {"norm__kind": "layer1p", "norm__embedding": True, "norm__placement": placement}
@@ -354,7 +354,7 @@ def test_the_ends_of_the_model_match_their_formulas(placement):
     assert float(logits.detach().abs().max()) > 0.5  # the cap acts
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+@pytest.mark.parametrize("placement", ["pre", "post", "peri", "gru"])
 @pytest.mark.parametrize("kind", ["rms", "layer", "layer1p"])
 def test_names_and_counts_of_norms(kind, placement):
     config = changed(CONFIG, {"norm.kind": kind, "norm.placement": placement, "norm.embedding": True})

@@ -133,7 +133,7 @@ def test_four_tensor_parallel_ranks_equal_the_whole_model(worker_pools, sequence
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("gate", ["head", "feature"])
+@pytest.mark.parametrize("gate", ["head", "feature", "none"])
 def test_options_of_attention_and_norms(worker_pools, gate, sequence_parallel):
     """Weights that all heads share (q_norm, k_norm) get gradients from the heads of every rank."""
     options = {
@@ -147,7 +147,7 @@ def test_options_of_attention_and_norms(worker_pools, gate, sequence_parallel):
         "attention.clip_gamma": -0.01,
         "attention.gate": gate,
         "norm.kind": "layer1p",
-        "norm.placement": "peri" if gate == "head" else "post",
+        "norm.placement": {"head": "peri", "feature": "post", "none": "gru"}[gate],
         "norm.embedding": True,
         "logit_softcap": 8.0,
         "residual_fp32": True,
