@@ -39,9 +39,9 @@ _HONOURED: dict[str, dict[str, tuple[type, str]]] = {
 # Fields with a setting of this platform.
 _OWNED: dict[str, dict[str, str]] = {
     "transformer": {
-        "num_layers": "model.pattern",
+        "num_layers": "model.pattern or model.layer_ratios",
         "hidden_size": "model.width",
-        "num_attention_heads": "model.num_heads",
+        "num_attention_heads": "model.attention.num_heads",
         "tensor_model_parallel_size": "engine.tensor_parallel",
         "sequence_parallel": "engine.sequence_parallel",
         "pipeline_model_parallel_size": "engine.pipeline_parallel",

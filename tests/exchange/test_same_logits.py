@@ -72,6 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2, groups, other expansion": ("mamba2", {"n_groups": 4, "expand": 3, "num_heads": 12}),
     "nemotron_h": ("nemotron_h", FREE),
     "nemotron_h, biases": ("nemotron_h", FREE | {"mlp_bias": True, "use_bias": True}),
+    "nemotron_h, inner width of its own": ("nemotron_h", FREE | {"mamba_num_heads": 6, "n_groups": 2}),
     "nemotron_h, experts": ("nemotron_h", FREE | EXPERTS),
     "nemotron_h, experts not normalised": (
         "nemotron_h",

@@ -53,6 +53,7 @@ def test_a_good_configuration_has_no_violations():
         ({"attention.head_dim": 7, "attention.rope_theta": 1e4}, "attention.head_dim", "even", "8"),
         ({"mamba2.head_dim": 24}, "mamba2.head_dim", "expand * width (64)", "16 or 32"),
         ({"mamba2.groups": 3}, "mamba2.groups", "number of Mamba-2 heads (4", "2 or 4"),
+        ({"mamba2.num_heads": 0}, "mamba2.num_heads", "positive", "8"),
         ({"vocab_size": 0}, "vocab_size", "positive", "32768"),
         ({"mamba2.chunk_size": -1}, "mamba2.chunk_size", "positive", "128"),
         ({"mlp.hidden_size": 0}, "mlp.hidden_size", "positive", "2048"),
@@ -96,6 +97,7 @@ def test_head_dim_frees_heads_from_dividing_width():
         },
         {"pattern": "mE*E", "moe.hidden_size": 24, "norm.kind": "layer", "norm.embedding": True},
         {"pattern": "M*m-", "norm.placement": "peri", "attention.qk_norm": True, "attention.gate": "head"},
+        {"pattern": "M--", "mamba2.num_heads": 3, "norm.placement": "gru"},
     ],
 )
 def test_cost_matches_the_module_and_the_flop_counter(changes):
@@ -212,6 +214,12 @@ def test_each_count_must_split_over_the_ranks(changes, field, found, fix):
     assert "4 tensor-parallel ranks" in faults[field][1]
     assert fix in faults[field][2]
     assert faults.keys() <= {field, "attention.num_kv_heads"}
+
+
+def test_heads_given_by_number_must_split_over_the_ranks():
+    config = changed(SHARED, {"mamba2.num_heads": 6, "mamba2.groups": 2})
+    assert list(config.violations()) == []
+    assert layout_faults(config, 4).keys() == {"mamba2.groups", "mamba2.num_heads"}
 
 
 def test_layout_faults_are_reported_together_and_only_for_kinds_in_the_pattern():
