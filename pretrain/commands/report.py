@@ -90,7 +90,7 @@ def print_report(run: RunDir, config: Config) -> None:
         commands.append(f"generate {here} --prompt 'def main'")
     if config.tracking.enabled:
         commands.append("ui")
-    commands += [f"checkpoint verify {here}", "config check experiment=demo model.num_heads=7 train.stepz=9"]
+    commands += [f"checkpoint verify {here}", "config check experiment=demo model.attention.num_heads=7 train.stepz=9"]
     for command in commands:
         console.print(f"  {program()} {command}", soft_wrap=True)
 
