@@ -178,11 +178,12 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """The frozen tree of the highest revision. Raises RunDirectoryError when the file cannot be read."""
+        from pretrain.config.components import with_renamed_fields
         from pretrain.config.freeze import load
 
         path = latest_config_file(self.path)[1]
         try:
-            return load(path.read_text(encoding="utf-8"), str(path))
+            return with_renamed_fields(load(path.read_text(encoding="utf-8"), str(path)))
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{path}: the frozen configuration cannot be read: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     describe.add_argument("--config-dir", help="a folder of your own config groups, searched before the shipped one")
     describe.add_argument(
-        "--length", type=_positive, nargs="+", default=LENGTHS, metavar="N", help="sequence lengths to list, in tokens"
+        "--length", action=_Lengths, nargs="+", default=LENGTHS, metavar="N", help="sequence lengths to list, in tokens"
     )
     describe.add_argument(
         "--train-length",
@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     from pretrain.config.violation import InvalidConfigError
 
     try:
-        config = _model(args.overrides, args.config_dir)
+        config = _model([*args.overrides, *getattr(args, "overrides_behind", [])], args.config_dir)
     except (InvalidConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return INVALID
@@ -279,6 +279,20 @@ def _scaled(number: float, step: int, units: Sequence[str]) -> str:
         power += 1
     digits = 0 if power == 0 or number >= 100 else 1 if number >= 10 else 2
     return f"{number:,.{digits}f}{units[power]}"
+
+
+class _Lengths(Action):
+    """Numbers; overrides that stand behind them are not theirs."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        numbers = [word for word in values if "=" not in word]
+        try:
+            setattr(namespace, self.dest, [_positive(word) for word in numbers])
+        except ValueError as error:
+            raise ArgumentError(self, f"found {' '.join(numbers)}, expected positive numbers of tokens") from error
+        namespace.overrides_behind = [word for word in values if "=" in word]
 
 
 def _positive(text: str) -> int:

@@ -128,6 +128,35 @@ def component_attribute(component: Any, name: str) -> Any:
     return getattr(component, name, None)
 
 
+def with_renamed_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A frozen tree with the fields of an earlier version under their present names.
+
+    A config class of this platform lists such fields in ``renamed_fields``, {old name: dotted new path}. New
+    configurations are not translated: there an old name is a fault whose fix names the new one.
+    """
+    upgraded = dict(tree)
+    for name in COMPONENT_FIELDS:
+        node = tree.get(name)
+        target = node.get(TARGET) if isinstance(node, Mapping) else None
+        # Classes of a user's are not imported for this: their import path is not set where trees are only read.
+        if not isinstance(node, Mapping) or not str(target).startswith(("pretrain.", "data_pipeline.")):
+            continue
+        try:
+            renamed = getattr(resolve_target(str(target), TARGET), "renamed_fields", {})
+        except InvalidConfigError:
+            continue  # the check reports it
+        fields = {key: value for key, value in node.items() if key not in renamed}
+        for old in renamed.keys() & node.keys():
+            *parents, last = renamed[old].split(".")
+            inner = fields
+            for parent in parents:
+                inner[parent] = dict(inner.get(parent) or {})
+                inner = inner[parent]
+            inner.setdefault(last, node[old])
+        upgraded[name] = fields
+    return upgraded
+
+
 def path_fields(node: object) -> tuple[str, ...]:
     """The fields of a component node that hold file paths, by the ``path_fields`` of its class."""
     target = node.get(TARGET) if isinstance(node, Mapping) else None
@@ -143,8 +172,13 @@ def _check_config_class(
     cls: type, fields: dict[str, Any], path: str, report: Report, suggest: Callable[[str], str | None]
 ) -> Any:
     specs = dataclass_specs(cls)
+    renamed: Mapping[str, str] = getattr(cls, "renamed_fields", {})
+    outdated = [key for key in fields if key in renamed]
+    for key in outdated:
+        place = join(path, renamed[key])
+        report.fault(join(path, key), fields.pop(key), f"this field is now called {place}", f"write {place} instead")
     values = check_node(fields, specs, path, report, suggest=suggest)
-    is_whole = values is not None
+    is_whole = values is not None and not outdated
     if values is None:
         # An unknown key must not hide what is wrong with the known ones.
         names = {spec.name for spec in specs}

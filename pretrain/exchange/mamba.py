@@ -18,6 +18,7 @@ _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50280,
     "hidden_size": 768,
     "state_size": 16,
+    "layer_types": None,
     "num_hidden_layers": 32,
     "layer_norm_epsilon": 1e-5,
     "expand": 2,
@@ -43,12 +44,13 @@ _DEFAULTS: dict[str, Any] = {
 
 def _read(settings: Settings) -> Tree:
     settings.only("hidden_act", "silu", "swish")
+    settings.only_layers("linear_attention")
     width, expand = settings.whole("hidden_size"), settings.whole("expand")
     # Written by the class itself, which computes it from the other two.
     settings.only("intermediate_size", None, expand * width)
     rank = math.ceil(width / 16) if settings["time_step_rank"] == "auto" else settings.whole("time_step_rank")
     return {
-        "pattern": "m" * settings.whole("num_hidden_layers"),
+        "pattern": "m" * settings.layers(),
         "width": width,
         "vocab_size": settings.whole("vocab_size"),
         "mamba1": {
@@ -98,7 +100,8 @@ def _links(config: HybridConfig) -> Iterator[Link]:
         if mixer.conv_bias:
             yield link(f"{theirs}.conv1d.bias", f"{ours}.conv.bias")
         yield link(f"{theirs}.dt_proj.bias", f"{ours}.dt_bias")
-        for name in ("x_proj.weight", "dt_proj.weight", "A_log", "D"):
+        yield link(f"{theirs}.x_proj.weight", *(f"{ours}.x_proj.{part}.weight" for part in ("dt", "B", "C")))
+        for name in ("dt_proj.weight", "A_log", "D"):
             yield link(f"{theirs}.{name}", f"{ours}.{name}")
     yield link("backbone.norm_f.weight", "final_norm.weight")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -180,11 +181,12 @@ class AttentionConfig:
         if len(self.windows) > max(count, 1):
             rule = f"must not have more entries than the model has attention layers ({count})"
             yield "windows", list(self.windows), rule, f"keep {max(count, 1)} of them"
-        if self.clip_gamma is not None and self.clip_gamma > 0:
-            rule = "must be 0 or less, so that hidden keys keep the weight 0"
-            yield "clip_gamma", self.clip_gamma, rule, f"set {-self.clip_gamma}"
-        if self.clip_zeta < 1:
-            yield "clip_zeta", self.clip_zeta, "must be at least 1", "set 1.0"
+        if self.clip_gamma is not None and not -math.inf < self.clip_gamma <= 0:
+            rule = "must be 0 or less, so that hidden keys keep the weight 0, and finite"
+            fix = f"set {-self.clip_gamma if 0 < self.clip_gamma < math.inf else -0.025}, or null for plain softmax"
+            yield "clip_gamma", self.clip_gamma, rule, fix
+        if not 1 <= self.clip_zeta < math.inf:
+            yield "clip_zeta", self.clip_zeta, "must be at least 1 and finite", "set 1.0"
         elif self.clip_gamma is None and self.clip_zeta != 1:
             fix = "set clip_gamma to 0.0, or clip_zeta to 1.0"
             yield "clip_zeta", self.clip_zeta, "is read with clip_gamma only, which is null", fix

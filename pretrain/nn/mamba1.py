@@ -41,6 +41,7 @@ class InnerLinear(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
+        self.canonical_components: dict[str, dict[str, int]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., columns] -> [..., rows]."""
@@ -73,6 +74,7 @@ class Mamba1Mixer(nn.Module):
         self.conv = ShortConv(layers, {"x": inner}, config.conv_kernel, config.conv_bias)
         shared = self.rank + 2 * config.state_dim
         self.x_proj = InnerLinear(layers.own(nn.Parameter(torch.empty(shared, self.inner)), dim=1))
+        self.x_proj.canonical_components = {"weight": {"dt": self.rank, "B": config.state_dim, "C": config.state_dim}}
         self.dt_proj = InnerLinear(layers.own(nn.Parameter(torch.empty(self.inner, self.rank))))
         self.dt_bias, self.A_log, self.D = (
             layers.own(keep_fp32(exempt_from_muon(exempt_from_weight_decay(nn.Parameter(torch.empty(*shape))))))

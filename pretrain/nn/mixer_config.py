@@ -5,6 +5,7 @@ A mixer is two files: ``<mixer>_config.py`` (its fields, rules and cost, without
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -61,11 +62,21 @@ class MixerConfig(Protocol):
 
 
 def not_positive(config: object, examples: Mapping[str, object]) -> Iterator[Violation]:
-    """A violation for each of the named fields that is set (not None) and not positive."""
+    """A violation for each of the named fields that is set (not None) and not positive and finite."""
     for name, example in examples.items():
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            yield name, value, "must be positive", f"set a positive value, for example {example}"
+        if value is not None and not 0 < value < math.inf:
+            rule = "must be finite" if value == math.inf else "must be positive"
+            default = type(config).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+            none = "" if default is not None else ", or null for the default"
+            yield name, value, rule, f"set a positive number, for example {example}{none}"
+
+
+def no_hidden_feature(config: Any, width: int) -> Iterator[Violation]:
+    """A violation when the ``ratio`` of a feed-forward layer leaves nothing between its matrices."""
+    if config.hidden_size is None and 0 < config.ratio < math.inf and config.hidden(width) < 1:
+        rule = f"must leave at least one hidden feature at width {width}"
+        yield "ratio", config.ratio, rule, "set a larger ratio, for example 4.0, or hidden_size"
 
 
 def uneven_share(field: str, count: int, tensor_parallel: int, note: str = "") -> Iterator[Violation]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pretrain.nn.cost import Cost, linear_cost
-from pretrain.nn.mixer_config import Place, Violation, not_positive, uneven_share
+from pretrain.nn.mixer_config import Place, Violation, no_hidden_feature, not_positive, uneven_share
 
 if TYPE_CHECKING:
     from pretrain.nn.mlp import MLP
@@ -41,6 +41,7 @@ class MLPConfig:
     def violations(self, width: int, count: int) -> Iterator[Violation]:
         """See :class:`pretrain.nn.mixer_config.MixerConfig`."""
         yield from not_positive(self, {"ratio": 4.0} if self.hidden_size is None else {"hidden_size": 2048})
+        yield from no_hidden_feature(self, width)
 
     def parallel_violations(self, width: int, tensor_parallel: int) -> Iterator[Violation]:
         """Hidden features are split."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pretrain.nn.cost import FP32, Cost
-from pretrain.nn.mixer_config import Place, Violation, not_positive, uneven_share
+from pretrain.nn.mixer_config import Place, Violation, no_hidden_feature, not_positive, uneven_share
 from pretrain.nn.mlp_config import Activation, MLPConfig
 
 if TYPE_CHECKING:
@@ -68,9 +69,15 @@ class MoEConfig:
         """See :class:`pretrain.nn.mixer_config.MixerConfig`."""
         positive = {"num_experts": 8, "top_k": 2, "routed_scale": 1.0}
         yield from not_positive(self, positive | ({"ratio": 4.0} if self.hidden_size is None else {"hidden_size": 512}))
+        yield from no_hidden_feature(self, width)
         for name, example in (("shared_hidden_size", 512), ("balance_loss", 0.01), ("z_loss", 0.001)):
-            if not getattr(self, name) >= 0:
-                yield name, getattr(self, name), "must not be negative", f"set 0 (none) or for example {example}"
+            if not 0 <= getattr(self, name) < math.inf:
+                yield (
+                    name,
+                    getattr(self, name),
+                    "must be a finite number and not negative",
+                    f"set 0 (none) or for example {example}",
+                )
         if self.top_k > self.num_experts > 0:
             rule = f"must not be more than the {self.num_experts} experts"
             yield "top_k", self.top_k, rule, f"set top_k to {self.num_experts} or less, or more num_experts"

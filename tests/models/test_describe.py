@@ -57,7 +57,7 @@ def test_json_holds_the_numbers_of_the_cost(name, precision, width, capsys):
 
 
 def test_text_holds_the_same_numbers(capsys):
-    text = described(capsys, "model=mamba2_hybrid_8b", "--length", "1024", "65536")
+    text = described(capsys, "--length", "1024", "65536", "model=mamba2_hybrid_8b")
     config = model("model=mamba2_hybrid_8b")
     lines = text.splitlines()
     assert "8,654,517,248" in text

@@ -1,6 +1,7 @@
 """Rules of the hybrid configuration, and its cost against the real module."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from support.hybrid import changed, hybrid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config.components import check_component
+from pretrain.config.components import check_component, with_renamed_fields
 from pretrain.config.typecheck import Report
 from pretrain.models.hybrid.cost import cost_by_part, layer_cost, model_cost
 from pretrain.models.hybrid.pattern import LayerRatios
@@ -73,6 +74,68 @@ def test_all_faults_are_reported_together_and_refused_by_build():
     assert set(faults(**changes)) == {"pattern", "attention.num_kv_heads", "mamba2.groups", "init_std"}
     with pytest.raises(ValueError, match=r"(?s)pattern = 'M\*-Z'.*init_std.*groups.*num_kv_heads"):
         changed(SMALL, changes).build(TorchLayers())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention.softcap", math.inf),
+        ("attention.clip_gamma", math.nan),
+        ("attention.clip_zeta", math.nan),
+        ("logit_softcap", math.inf),
+        ("norm.eps", math.inf),
+        ("init_std", math.nan),
+        ("moe.routed_scale", math.inf),
+        ("moe.balance_loss", math.inf),
+    ],
+)
+def test_numbers_that_would_make_every_logit_nan_are_refused(field, value):
+    assert list(faults(**{"pattern": "M*E", field: value})) == [field]
+
+
+@pytest.mark.parametrize(("pattern", "field"), [("-", "mlp.ratio"), ("E", "moe.ratio")])
+def test_a_layer_without_hidden_features_is_refused(pattern, field):
+    found = faults(**{"pattern": pattern, field: 0.001})
+    assert "at least one hidden feature at width 32" in found[field][1]
+
+
+FLAT = {
+    "pattern": "M-*-",
+    "width": 32,
+    "vocab_size": 50,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mamba_head_dim": 16,
+    "mamba_state_dim": 8,
+    "mlp_activation": "gelu",
+    "norm_eps": 1e-4,
+    "rope_theta": 1000.0,
+}
+TARGET = "pretrain.models.hybrid.config.HybridConfig"
+
+
+def test_frozen_fields_of_an_earlier_version_are_read_under_their_present_names():
+    tree = with_renamed_fields({"run": {"name": "old"}, "model": {"_target_": TARGET, **FLAT}})
+    assert tree["run"] == {"name": "old"}
+    report = Report()
+    expected = changed(SMALL, {"mlp.activation": "gelu", "norm.eps": 1e-4, "attention.rope_theta": 1000.0})
+    assert check_component(tree["model"], "model", report) == expected
+    assert report.violations == []
+    assert with_renamed_fields(tree) == tree
+
+
+def test_old_names_in_a_new_configuration_are_faults_that_name_the_new_ones():
+    report = Report()
+    assert check_component({"_target_": TARGET, **FLAT, "num_kv_heads": 3}, "model", report) is None
+    fixes = {violation.path: violation.fix for violation in report.violations}
+    assert fixes["model.mamba_head_dim"] == "write model.mamba2.head_dim instead"
+    assert fixes.keys() == {f"model.{name}" for name in FLAT if name not in ("pattern", "width", "vocab_size")}
+
+
+def test_thousands_of_layers_take_no_time():
+    config = changed(SMALL, {"pattern": "M-*-" * 20_000})
+    assert config.place(79_998).occurrence == 19_999
+    assert model_cost(config, 64).parameters > 1e8
 
 
 def test_fields_of_absent_layer_kinds_are_not_judged():

@@ -66,7 +66,8 @@ def test_mamba1_over_two_ranks_equals_the_whole(worker_pools, options, sequence_
     config = changed(MAMBA1, options)
     assert not list(config.parallel_violations(2, sequence_parallel, 12))
     for split in worker_pools(2, "megatron").run(compare_with_whole, config, sequence_parallel):
-        names = {"A_log", "D", "dt_bias", "conv.weight", "dt_proj.weight", "x_proj.weight", "out_proj.weight"}
+        names = {"A_log", "D", "dt_bias", "conv.weight", "dt_proj.weight", "out_proj.weight"}
+        names |= {"x_proj.dt.weight", "x_proj.B.weight", "x_proj.C.weight"}
         names |= {"in_proj.x.weight", "in_proj.z.weight"}
         names |= {"in_proj.x.bias", "in_proj.z.bias"} if options else {"conv.bias"}
         assert set(split) == names

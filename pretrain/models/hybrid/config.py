@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.models.hybrid.pattern import LayerRatios
 from pretrain.nn.attention_config import AttentionConfig
@@ -46,6 +47,24 @@ class HybridConfig:
             the sublayers get ``init_std / sqrt(number of layers)``.
     """
 
+    renamed_fields: ClassVar[dict[str, str]] = {
+        "num_heads": "attention.num_heads",
+        "num_kv_heads": "attention.num_kv_heads",
+        "head_dim": "attention.head_dim",
+        "rope_theta": "attention.rope_theta",
+        "mamba_head_dim": "mamba2.head_dim",
+        "mamba_state_dim": "mamba2.state_dim",
+        "mamba_groups": "mamba2.groups",
+        "mamba_expand": "mamba2.expand",
+        "mamba_conv_kernel": "mamba2.conv_kernel",
+        "mamba_chunk_size": "mamba2.chunk_size",
+        "mlp_ratio": "mlp.ratio",
+        "mlp_hidden_size": "mlp.hidden_size",
+        "mlp_activation": "mlp.activation",
+        "norm_eps": "norm.eps",
+    }
+    """Fields of earlier versions: see :func:`pretrain.config.components.with_renamed_fields`."""
+
     pattern: str | None = None
     layer_ratios: LayerRatios | None = None
     width: int
@@ -70,6 +89,16 @@ class HybridConfig:
         symbols = _symbols()
         return "" if any(self.layer_ratios.violations(symbols)) else self.layer_ratios.pattern(symbols)
 
+    @cached_property
+    def _occurrences(self) -> tuple[int, ...]:
+        """For each layer, how many layers of its kind come before it."""
+        seen: Counter[str] = Counter()
+        places = []
+        for symbol in self.layer_pattern:
+            places.append(seen[symbol])
+            seen[symbol] += 1
+        return tuple(places)
+
     @property
     def num_layers(self) -> int:
         """Sublayers, one for each symbol of the pattern."""
@@ -82,8 +111,7 @@ class HybridConfig:
 
     def place(self, layer: int) -> Place:
         """Where the mixer of a layer (of the whole model) stands."""
-        occurrence = self.layer_pattern[:layer].count(self.layer_pattern[layer])
-        return Place(width=self.width, layer=layer, occurrence=occurrence, norm_eps=self.norm.eps)
+        return Place(width=self.width, layer=layer, occurrence=self._occurrences[layer], norm_eps=self.norm.eps)
 
     def violations(self) -> Iterator[Violation]:
         """Every broken rule as (field, found, rule, fix). Mixers that the pattern lacks are not judged."""

@@ -151,4 +151,5 @@ def _mixed(counts: Mapping[str, int]) -> list[str]:
 def _sum_fix(shares: Mapping[str, float], total: float) -> str:
     if not total > 0:
         return "give each kind its share, for example {mamba2: 0.43, attention: 0.07, mlp: 0.5}"
-    return "for these proportions set " + ", ".join(f"{name}: {share / total:.6g}" for name, share in shares.items())
+    scaled = ", ".join(f"{name}: {share / total:.6g}" for name, share in shares.items())
+    return f"for these proportions set {scaled}; shares of the chosen model that you do not want are set to 0"
