@@ -3,14 +3,15 @@
     python benchmarks/recall.py [--work runs/recall] [--seeds 1 2 3] [--report]
 
 Every run is ``pretrain run experiment=mqar`` with the overrides below, one process with one thread. Runs that are
-finished are not repeated, runs that were interrupted go on; ``--report`` only reads them. All runs are reported, each
-with its accuracy over steps, in ``results/recall.json``, ``results/recall.md`` and ``results/recall.png``.
+finished are not repeated, runs that were interrupted go on; ``--report`` only reads them. A run is one of the whole
+configuration, as composed: where any file of it has changed, there will be another run. All runs are reported, each
+with its accuracy over steps, in ``results/recall.json``, ``results/recall.md`` and ``results/recall.png``; while some
+are missing, in ``results/recall_incomplete.*`` and without a verdict.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -20,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from results_file import RESULTS, write_result
+
+from launchers.provenance import git_state
+from pretrain.config.compose import load_run_config
+from pretrain.config.freeze import config_digest, frozen_for_new_run, load
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = ROOT / "configs" / "experiment" / "mqar.yaml"
@@ -59,29 +64,64 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--report", action="store_true", help="start nothing: report the runs that are finished")
     arguments = parser.parse_args()
-    # Runs of another configuration are other runs.
-    digest = hashlib.sha256((EXPERIMENT.read_text() + json.dumps(ARCHITECTURES)).encode()).hexdigest()[:8]
-    folder = arguments.work.absolute() / digest
+    work = arguments.work.absolute()
     main_runs = [(seed, name) for seed in arguments.seeds for name in ARCHITECTURES if name not in CONTROLS]
-    runs = []
+    runs, missing = [], []
     for seed, architecture in [*main_runs, *((seed, name) for seed in arguments.seeds for name in CONTROLS)]:
-        path = folder / f"{architecture}_seed{seed}"
+        path = run_folder(work, architecture, seed)
         if not arguments.report and not _is_finished(path):
             _train(architecture, seed, path)
         if _is_finished(path):
-            runs.append({"architecture": architecture, "seed": seed, **_read(path)})
+            runs.append({"architecture": architecture, "seed": seed, **read(path)})
             _tell(runs[-1])
+        else:
+            missing.append(f"{architecture}, seed {seed}")
     if not runs:
-        raise SystemExit(f"no finished run in {folder}")
-    report(runs)
+        raise SystemExit(f"no finished run of the present configuration in {work}")
+    report(runs, missing)
 
 
-def report(runs: list[dict[str, Any]]) -> None:
-    """Write figures, table and picture of all runs."""
+def run_folder(work: Path, architecture: str, seed: int) -> Path:
+    """The run directory below ``work`` that holds exactly this run, else where it shall be made."""
+    tree = _composed(architecture, seed)
+    name = f"{architecture}_seed{seed}"
+    for path in sorted(work.glob(f"*/{name}")):
+        if _frozen(path) == tree:
+            return path
+    return work / config_digest(tree)[:8] / name
+
+
+def _composed(architecture: str, seed: int) -> dict[str, Any]:
+    """The configuration that a run freezes, without where its records go."""
+    return _without_places(frozen_for_new_run(load_run_config(_overrides(architecture, seed))[0]))
+
+
+def _frozen(path: Path) -> dict[str, Any] | None:
+    """The configuration that a run directory was made with; None where there is none that can be read."""
+    try:
+        return _without_places(load((path / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
+    del tree["run"]["root"], tree["tracking"]["store"]
+    return tree
+
+
+def _overrides(architecture: str, seed: int) -> list[str]:
+    return ["experiment=mqar", *ARCHITECTURES[architecture], f"run.name=recall_{architecture}", f"run.seed={seed}"]
+
+
+def report(runs: list[dict[str, Any]], missing: list[str]) -> None:
+    """Write figures, table and picture of the runs, under another name while some are ``missing``."""
     parameters = {run["architecture"]: run["parameters"] for run in runs}
     largest, smallest = max(parameters.values()), min(parameters.values())
     assert largest / smallest < 1.001, f"parameters differ: {parameters}"
     figures = {
+        "complete": not missing,
+        "missing": missing,
+        "git": _revision(git_state(ROOT)[0]),
         "experiment": EXPERIMENT.read_text(),
         "overrides": ARCHITECTURES,
         "parameters": parameters,
@@ -89,13 +129,15 @@ def report(runs: list[dict[str, Any]]) -> None:
         "summary": {name: _summary(runs, name) for name in ARCHITECTURES if name in parameters},
         "runs": runs,
     }
-    write_result("recall", figures)
-    (RESULTS / "recall.md").write_text(table(runs))
-    plot(runs, RESULTS / "recall.png")
-    print(table(runs))
+    name = "recall_incomplete" if missing else "recall"
+    write_result(name, figures)
+    text = table(runs, missing)
+    (RESULTS / f"{name}.md").write_text(text)
+    plot(runs, missing, RESULTS / f"{name}.png")
+    print(text)
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def table(runs: list[dict[str, Any]], missing: list[str]) -> str:
     """Final accuracies as markdown: mean and every seed, by number of pairs; then how the outcome compares."""
     parts = list(runs[0]["accuracy"])
     seeds = sorted({run["seed"] for run in runs})
@@ -118,7 +160,10 @@ def table(runs: list[dict[str, Any]]) -> str:
         size = f"{own[0]['parameters']:,} | {_state_bytes(name) / 1024:.0f} KiB"
         lines.append(f"| {LABELS[name]} | {size} | " + " | ".join(cells) + f" | {minutes:.1f} |")
     note = "State: what generation keeps of a row of 64 tokens in fp32 (keys and values, or recurrent states)."
-    return "\n".join([*lines, "", note, "", *_verdict(runs), ""])
+    if missing:
+        count = f"{len(runs)} of {len(runs) + len(missing)} runs"
+        lines = [f"**Incomplete: {count}.** Missing: {'; '.join(missing)}.", "", *lines]
+    return "\n".join([*lines, "", note, "", *([] if missing else [*_verdict(runs), ""])])
 
 
 def _verdict(runs: list[dict[str, Any]]) -> list[str]:
@@ -146,7 +191,7 @@ def _verdict(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]], missing: list[str], path: Path) -> None:
     """Accuracy over steps by number of pairs: mean over seeds, the range between them shaded."""
     import matplotlib
 
@@ -176,7 +221,9 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     seeds = len({run["seed"] for run in runs})
     size = runs[0]["parameters"]
-    figure.suptitle(f"Associative recall, {size / 1000:.0f} thousand parameters; mean and range of {seeds} seeds")
+    marked = f"INCOMPLETE ({len(missing)} runs missing): " if missing else ""
+    title = f"Associative recall, {size / 1000:.0f} thousand parameters; mean and range of {seeds} seeds"
+    figure.suptitle(marked + title)
     figure.savefig(path, dpi=130, metadata={"Software": ""})
     pyplot.close(figure)
 
@@ -186,8 +233,7 @@ def _train(architecture: str, seed: int, path: Path) -> None:
         words = ["resume", str(path)]
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = ["run", "--run-dir", str(path), "experiment=mqar", *ARCHITECTURES[architecture]]
-        words += [f"run.name=recall_{architecture}", f"run.seed={seed}"]
+        words = ["run", "--run-dir", str(path), *_overrides(architecture, seed)]
     print(f"{architecture}, seed {seed}: pretrain {' '.join(words)}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(path.parent / f"{path.name}.log", "a") as log:
@@ -199,10 +245,9 @@ def _train(architecture: str, seed: int, path: Path) -> None:
 
 def _state_bytes(architecture: str) -> int:
     """Bytes that generation keeps for one row, in fp32."""
-    from pretrain.config.compose import load_run_config
     from pretrain.models.hybrid.cost import model_cost
 
-    _, config = load_run_config(["experiment=mqar", *ARCHITECTURES[architecture]])
+    _, config = load_run_config(_overrides(architecture, 0))
     return int(model_cost(config.model, config.data.sequence_length, bytes_per_value=4).state_bytes)
 
 
@@ -213,7 +258,7 @@ def _is_finished(path: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Figures of a finished run from its own record."""
     from pretrain.tracking.metrics_log import effective_records, read_records, series
 
@@ -222,22 +267,33 @@ def _read(path: Path) -> dict[str, Any]:
     names = [name for r in history if r["event"] == "eval" for name in r["metrics"] if name.endswith("/accuracy")]
     accuracy = {name.split("/")[1]: series(history, "eval", name)[1] for name in dict.fromkeys(names)}
     step_s = [record["metrics"]["step_s"] for record in history if record["event"] == "train"]
-    # Time in which an attempt was at work: from its start to its end.
-    wall_s, started = 0.0, 0.0
+    # Every attempt from its first record to its last, also those that were killed. Evaluations afterwards are no part.
+    times: dict[int, list[float]] = {}
     for record in records:
-        if record["event"] == "start":
-            started = record["time"]
-        elif record["event"] == "end" and started:
-            wall_s, started = wall_s + record["time"] - started, 0.0
+        if record["event"] != "harness":
+            times.setdefault(record["attempt"], []).append(record["time"])
+    wall_s = sum(max(own) - min(own) for own in times.values())
     return {
+        "git": _git_of(path),
         "parameters": next(record["parameters"] for record in history if record["event"] == "start"),
         "steps": max(record["step"] for record in history if record["event"] == "train"),
         "eval_steps": series(history, "eval", "validation_accuracy")[0],
         "accuracy": accuracy,
         "validation_loss": series(history, "eval", "validation_loss")[1],
+        "attempts": len(times),
         "wall_s": round(wall_s, 1),
         "median_step_s": round(statistics.median(step_s), 4),
     }
+
+
+def _git_of(path: Path) -> list[dict[str, Any]]:
+    """Revision of the code of the first attempt, and of later ones where it was another."""
+    files = [path / "git.json", *sorted(path.glob("logs/attempt_*/git.json"))]
+    return [_revision(json.loads(file.read_text(encoding="utf-8"))) for file in files if file.is_file()]
+
+
+def _revision(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: state[name] for name in ("revision", "dirty")}
 
 
 def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ which is reported by difficulty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from data_pipeline.synthetic.source import Task
 
 Violation = tuple[str, object, str, str]
+_MOST_TOKENS = 1 << 31  # ids are int32
+_MOST_POWER = 10  # weights stay within float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class SyntheticFields:
     unit: ClassVar[str]
     variants_field: ClassVar[str]
     validation_field: ClassVar[str]
+    more_rows: ClassVar[str]
 
     validation_samples: int = 256
 
@@ -52,10 +56,18 @@ class SyntheticFields:
         task = self.task()
         train = SyntheticSource(task, self.variants(), self.unit, seed)
         validation = SyntheticSource(task, self.validation_variants(), self.unit, seed, self.validation_samples)
+        # A task that cannot fill the split fails now, not at the first validation.
+        for part in range(len(self.validation_variants())):
+            validation.batch([part * self.validation_samples])
         return DataSources(train, validation, tokenizer_path=None)
 
     def violations(self) -> Iterator[Violation]:
         """Every broken rule as (field, found, rule, fix)."""
+        broken = list(self.rules())
+        yield from broken or self._too_few_rows()
+
+    def rules(self) -> Iterator[Violation]:
+        """Broken rules of single fields and their sizes, as (field, found, rule, fix)."""
         if self.validation_samples < 1:
             yield "validation_samples", self.validation_samples, "must be positive", "set 256, say"
         for name, variants in self._variant_fields():
@@ -63,6 +75,17 @@ class SyntheticFields:
                 yield name, variants, "must name at least one", f"set {name}: [8], say"
             elif len(set(variants)) != len(variants):
                 yield name, list(variants), "names one twice", f"set {sorted(set(variants))}"
+
+    def _too_few_rows(self) -> Iterator[Violation]:
+        """Difficulties with hardly any different rows, of which none might be for validation."""
+        from data_pipeline.synthetic.source import LEAST_ROWS
+
+        task = self.task()
+        for name, variants in self._variant_fields():
+            wrong = [v for v in variants if task.log2_rows(v) < math.log2(LEAST_ROWS)]
+            if wrong:
+                rule = f"give fewer than {LEAST_ROWS} different rows, too few for training and validation"
+                yield name, wrong, rule, self.more_rows
 
     def _variant_fields(self) -> Iterator[tuple[str, Sequence[int]]]:
         yield self.variants_field, self.variants()
@@ -92,6 +115,7 @@ class AssociativeRecallConfig(SyntheticFields):
     unit: ClassVar[str] = "pairs"
     variants_field: ClassVar[str] = "num_pairs"
     validation_field: ClassVar[str] = "validation_pairs"
+    more_rows: ClassVar[str] = "raise vocab_size, or sequence_length"
 
     vocab_size: int = 8192
     sequence_length: int = 64
@@ -105,16 +129,24 @@ class AssociativeRecallConfig(SyntheticFields):
 
         return AssociativeRecall(self.vocab_size, self.sequence_length, self.power, self.random_filler)
 
-    def violations(self) -> Iterator[Violation]:
-        """Every broken rule as (field, found, rule, fix)."""
-        yield from super().violations()
+    def rules(self) -> Iterator[Violation]:
+        from data_pipeline.synthetic.draws import most_distinct
+
+        yield from super().rules()
         largest = max([1, *self.variants(), *self.validation_variants()])
-        if self.vocab_size < 4:
-            yield "vocab_size", self.vocab_size, "must be at least 4", "set 8192, or 64 for small models"
+        if not 4 <= self.vocab_size <= _MOST_TOKENS:
+            fix = "set 8192, or 64 for small models"
+            yield "vocab_size", self.vocab_size, f"must be from 4 to {_MOST_TOKENS}", fix
         else:
             keys = self.vocab_size // 2 - 1
+            most = most_distinct(keys, draws=2)  # keys, and as many values
             rule = f"must be from 1 to the {keys} keys of a vocabulary of {self.vocab_size}"
-            yield from self._outside(1, keys, rule, f"lower it, or set vocab_size to {2 * largest + 2} or more")
+            fix = f"lower it, or set vocab_size to {2 * largest + 2} or more"
+            if most < keys:
+                rule = f"must be from 1 to {most}: a vocabulary of {self.vocab_size} is so large that tokens are drawn"
+                rule += " one by one, and more would hardly ever be different"
+                fix = "lower it, or set vocab_size: 16384"
+            yield from self._outside(1, most, rule, fix)
         if self.sequence_length % 2 or self.sequence_length < 4:
             even = max(4, self.sequence_length + 1)
             yield "sequence_length", self.sequence_length, "must be even and at least 4", f"set {even}"
@@ -123,8 +155,9 @@ class AssociativeRecallConfig(SyntheticFields):
             rule = f"need 4 positions each (key, value, key again, answer), of {self.sequence_length} there are"
             fix = f"at most {most} pairs, or sequence_length {4 * largest} or more"
             yield from self._outside(0, most, rule, fix)
-        if not self.power > 0:
-            yield "power", self.power, "must be positive", "set 0.01 (most keys are asked for soon) or 1 (evenly)"
+        if not 0 < self.power <= _MOST_POWER:
+            fix = "set 0.01 (most keys are asked for soon) or 1 (evenly)"
+            yield "power", self.power, f"must be a number above 0, at most {_MOST_POWER}", fix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +172,7 @@ class InductionConfig(SyntheticFields):
     unit: ClassVar[str] = "tokens"
     variants_field: ClassVar[str] = "lengths"
     validation_field: ClassVar[str] = "validation_lengths"
+    more_rows: ClassVar[str] = "raise vocab_size, or the lengths"
 
     vocab_size: int = 16
     lengths: tuple[int, ...] = (256,)
@@ -154,11 +188,11 @@ class InductionConfig(SyntheticFields):
 
         return Induction(self.vocab_size)
 
-    def violations(self) -> Iterator[Violation]:
-        """Every broken rule as (field, found, rule, fix)."""
-        yield from super().violations()
-        if self.vocab_size < 3:
-            yield "vocab_size", self.vocab_size, "needs the special token and two others", "set 16"
+    def rules(self) -> Iterator[Violation]:
+        yield from super().rules()
+        if not 3 <= self.vocab_size <= _MOST_TOKENS:
+            rule = f"must be from 3 (the special token and two others) to {_MOST_TOKENS}"
+            yield "vocab_size", self.vocab_size, rule, "set 16"
         rule = "must be at least 16: special token, what follows, others, special token"
         yield from self._outside(16, None, rule, "set 256, say")
 
@@ -176,6 +210,7 @@ class SelectiveCopyingConfig(SyntheticFields):
     unit: ClassVar[str] = "tokens"
     variants_field: ClassVar[str] = "lengths"
     validation_field: ClassVar[str] = "validation_lengths"
+    more_rows: ClassVar[str] = "raise vocab_size, num_data_tokens or the lengths"
 
     vocab_size: int = 16
     num_data_tokens: int = 16
@@ -192,11 +227,11 @@ class SelectiveCopyingConfig(SyntheticFields):
 
         return SelectiveCopying(self.vocab_size, self.num_data_tokens)
 
-    def violations(self) -> Iterator[Violation]:
-        """Every broken rule as (field, found, rule, fix)."""
-        yield from super().violations()
-        if self.vocab_size < 4:
-            yield "vocab_size", self.vocab_size, "needs noise, marker and two data tokens", "set 16"
+    def rules(self) -> Iterator[Violation]:
+        yield from super().rules()
+        if not 4 <= self.vocab_size <= _MOST_TOKENS:
+            rule = f"must be from 4 (noise, marker and two data tokens) to {_MOST_TOKENS}"
+            yield "vocab_size", self.vocab_size, rule, "set 16"
         if self.num_data_tokens < 4:
             yield "num_data_tokens", self.num_data_tokens, "must be at least 4", "set 16"
         rule = f"must hold the {self.num_data_tokens} data tokens"
@@ -219,6 +254,7 @@ class PhonebookConfig(SyntheticFields):
     unit: ClassVar[str] = "entries"
     variants_field: ClassVar[str] = "num_entries"
     validation_field: ClassVar[str] = "validation_entries"
+    more_rows: ClassVar[str] = "raise number_length, or use longer names or more entries"
 
     num_entries: tuple[int, ...] = (8, 16, 32, 64)
     validation_entries: tuple[int, ...] | None = None
@@ -243,21 +279,23 @@ class PhonebookConfig(SyntheticFields):
 
         return Phonebook(self.name_length, self.num_names, self.number_length, self.num_examples, self.reversed)
 
-    def violations(self) -> Iterator[Violation]:
-        """Every broken rule as (field, found, rule, fix)."""
+    def rules(self) -> Iterator[Violation]:
         from data_pipeline.synthetic.draws import most_distinct
+        from data_pipeline.synthetic.phonebook import NAMES
 
-        yield from super().violations()
+        yield from super().rules()
         broken = False
-        most = {"name_length": 6, "number_length": 64}
-        for name, largest in most.items():
+        limits = {"name_length": 6, "number_length": 64}
+        for name, limit in limits.items():
             value: Any = getattr(self, name)
-            if not 1 <= value <= largest:
+            if not 1 <= value <= limit:
                 broken = True
-                yield name, value, f"must be from 1 to {largest}", "set 4"
-        if self.num_names is not None and self.num_names < 1:
+                yield name, value, f"must be from 1 to {limit}", "set 4"
+        largest = _MOST_TOKENS - NAMES
+        if self.num_names is not None and not 1 <= self.num_names <= largest:
             broken = True
-            yield "num_names", self.num_names, "must be positive", "set 1000, or null for names spelt in letters"
+            fix = "set 1000, or null for names spelt in letters"
+            yield "num_names", self.num_names, f"must be from 1 to {largest}", fix
         if self.num_examples < 0:
             yield "num_examples", self.num_examples, "must not be negative", "set 2"
             return

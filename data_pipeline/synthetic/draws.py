@@ -9,6 +9,7 @@ R = rows, C = numbers for each row.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -81,6 +82,14 @@ class Draws:
         return np.argsort(-np.log(uniform_RW) / weights_W, axis=1, kind="stable")[:, :count]
 
 
-def most_distinct(limit: int) -> int:
-    """How many different integers below ``limit`` :meth:`Draws.distinct` finds with few repetitions."""
-    return limit if limit <= _LARGEST_SORTED else int((4 * limit) ** 0.5)
+def most_distinct(limit: int, draws: int = 1) -> int:
+    """How many different integers below ``limit`` :meth:`Draws.distinct` finds with few repetitions.
+
+    ``draws`` are made for one row: all must come out. The chance is exp(-count^2 draws / (2 limit)), here exp(-2).
+    """
+    return limit if limit <= _LARGEST_SORTED else int((4 * limit / draws) ** 0.5)
+
+
+def log2_permutations(limit: int, count: int) -> float:
+    """log2 of how many ordered choices of ``count`` different integers below ``limit`` there are."""
+    return sum(math.log2(limit - place) for place in range(count))

@@ -5,11 +5,12 @@ R = rows, E = entries, N = tokens of a name, D = digits of a number, X = worked 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.synthetic.draws import Draws
+from data_pipeline.synthetic.draws import Draws, log2_permutations
 from data_pipeline.synthetic.source import Rows
 
 NEWLINE, COLON, QUESTION, ANNOUNCE = 0, 1, 2, 3
@@ -64,6 +65,10 @@ class Phonebook:
         entries, examples = variant * (names + digits + 2), self.num_examples * (names + digits + 3)
         # Of the last line the input ends before the last digit.
         return announced + entries + examples + names + digits + 1
+
+    def log2_rows(self, variant: int) -> float:
+        numbers = variant * self.number_length * math.log2(10)
+        return log2_permutations(self.possible_names, variant) + numbers + math.log2(variant)
 
     def draw(self, draws: Draws, variant: int) -> Rows:
         num_rows = len(draws.valid_R)

@@ -17,6 +17,8 @@ from data_pipeline.synthetic.draws import Draws, key_of, mixed
 SYNTHETIC = "synthetic-1"
 _VALIDATION_SHARE = 8  # one of so many possible rows belongs to validation
 _MOST_ATTEMPTS = 1000
+LEAST_ROWS = 256
+"""Different rows that a task must have: that none of so many is for validation has a probability of 1e-15."""
 
 
 @dataclass
@@ -37,6 +39,10 @@ class Task(Protocol):
 
     def length(self, variant: int) -> int:
         """Positions in a row of this variant."""
+        ...
+
+    def log2_rows(self, variant: int) -> float:
+        """log2 of how many different rows of this variant there are, or of fewer."""
         ...
 
     def draw(self, draws: Draws, variant: int) -> Rows:

@@ -5,11 +5,12 @@ R = rows, S = positions in a row, K = key-value pairs, M = tokens to copy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.synthetic.draws import Draws
+from data_pipeline.synthetic.draws import Draws, log2_permutations
 from data_pipeline.synthetic.source import Rows
 
 
@@ -33,6 +34,11 @@ class AssociativeRecall:
 
     def length(self, variant: int) -> int:
         return self.sequence_length
+
+    def log2_rows(self, variant: int) -> float:
+        half = self.vocab_size // 2
+        limits = (half - 1, self.vocab_size - half, self.sequence_length // 2 - variant)  # keys, values, places
+        return sum(log2_permutations(limit, variant) for limit in limits)
 
     def draw(self, draws: Draws, variant: int) -> Rows:
         num_rows, num_pairs, half = len(draws.valid_R), variant, self.vocab_size // 2
@@ -69,6 +75,9 @@ class Induction:
     def length(self, variant: int) -> int:
         return variant
 
+    def log2_rows(self, variant: int) -> float:
+        return (variant - 2) * math.log2(self.vocab_size - 1)
+
     def draw(self, draws: Draws, variant: int) -> Rows:
         rows = np.arange(len(draws.valid_R))
         tokens = draws.below(self.vocab_size - 1, variant) + 1
@@ -98,6 +107,10 @@ class SelectiveCopying:
 
     def length(self, variant: int) -> int:
         return variant + self.num_data_tokens
+
+    def log2_rows(self, variant: int) -> float:
+        places = log2_permutations(variant, self.num_data_tokens) - math.lgamma(self.num_data_tokens + 1) / math.log(2)
+        return places + self.num_data_tokens * math.log2(self.vocab_size - 2)
 
     def draw(self, draws: Draws, variant: int) -> Rows:
         shape = (len(draws.valid_R), self.length(variant))

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
+    from pretrain.evaluation.subject import Subject
 
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
-_DEFAULT_LENGTH = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run directory, or the folder of one of its checkpoints")
+    parser.add_argument(
+        "source", type=Path, help="run directory, one of its checkpoints, or a folder written by `pretrain import`"
+    )
     parser.add_argument("--tasks", required=True, help="names of tasks, with commas between them")
     parser.add_argument(
         "--include", required=True, type=Path, nargs="+", metavar="PATH", help="folders with the tasks' YAML files"
@@ -31,10 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens that the model reads at most (default: model.max_sequence_length, else data.sequence_length)",
     )
-    parser.add_argument("--checkpoint", help="step or folder name (default: latest)")
+    parser.add_argument("--checkpoint", help="step or folder name of a run's checkpoint (default: latest)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use in place of the data set's")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, help="JSON file of the results (default: in artifacts/ of the run)")
+    parser.add_argument(
+        "--out", type=Path, help="new JSON file for the results (default: a numbered one in artifacts/ of the run)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,45 +48,36 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from launchers.run_dir import RunDir
-    from pretrain.checkpoint.manifest import CheckpointError
-    from pretrain.checkpoint.store import CheckpointStore, verify
-    from pretrain.config.check import check
+    from pretrain.checkpoint.store import verify
+    from pretrain.evaluation.subject import find_subject, save_results
 
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     _check_arguments(arguments, tasks)
-    path, checkpoint = _split_source(arguments.source, arguments.checkpoint)
-    run_dir = RunDir.open(path)
-    config = check(run_dir.config())
-    folder = CheckpointStore(run_dir.checkpoints_path).select(checkpoint)
-    if folder is None:
-        raise CheckpointError(f"{run_dir.path} has no checkpoint yet; train it with `pretrain resume`")
-    verify(folder)
+    subject = find_subject(arguments.source, arguments.checkpoint)
+    verify(subject.checkpoint)
     # Before anything of the harness is imported, which reads them: tasks and their data are local files.
     os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     harness = _import_harness()
-    model, tokenizer, length = _load(config, folder, arguments)
-    adapter = harness.HarnessLM(
-        model, tokenizer, batch_size=arguments.batch_size, max_length=length, seed=config.run.seed
-    )
+    length = subject.max_length(arguments.max_length)
+    tokenizer = arguments.tokenizer or subject.tokenizer()
+    model = _load(subject, arguments.device)
+    adapter = harness.HarnessLM(model, tokenizer, batch_size=arguments.batch_size, max_length=length, seed=subject.seed)
     record = harness.run_tasks(adapter, tasks, arguments.include, arguments.limit)
-    step = _step_of(folder)
+    step = _step_of(subject.checkpoint)
     facts = {
-        "checkpoint": str(folder),
+        "checkpoint": str(subject.checkpoint),
         "step": step,
         "tasks": tasks,
         "max_length": length,
         "limit": arguments.limit,
         "tokenizer": str(tokenizer),
     }
-    out = arguments.out or run_dir.artifacts_path / f"eval_{folder.name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    from pretrain.config.files import atomic_write_text
-
-    atomic_write_text(out, json.dumps(facts | {"harness": record}, indent=1, default=str) + "\n")
+    text = json.dumps(facts | {"harness": record}, indent=1, default=str) + "\n"
+    out = save_results(subject, arguments.out, text)
     rows = figures(record)
-    _print_table(rows, folder)
-    _record(run_dir, config, step, rows)
+    _print_table(rows, subject.checkpoint)
+    if subject.run is not None and subject.config is not None:
+        _record(subject.run, subject.config, step, rows, out)
     print(f"written: {out}")
     return 0
 
@@ -115,18 +110,14 @@ def _check_arguments(arguments: argparse.Namespace, tasks: list[str]) -> None:
             faults.append(f"--include: {folder} is no folder; give the folder that holds the tasks' YAML files")
     if arguments.tokenizer is not None and not arguments.tokenizer.is_file():
         faults.append(f"--tokenizer: {arguments.tokenizer} is no file; give a tokenizer.json")
+    out: Path | None = arguments.out
+    if out is not None and (out.exists() or out.is_symlink()):
+        faults.append(
+            f"--out: {out} is there already and is not overwritten; choose another name, move it away, or leave out "
+            "--out for a file of its own"
+        )
     if faults:
         raise ValueError("\n".join(faults))
-
-
-def _split_source(source: Path, checkpoint: str | None) -> tuple[Path, str | None]:
-    """Run directory and checkpoint of a source that may be either; raises ValueError where both name a checkpoint."""
-    source = source.absolute()
-    if source.parent.name != "checkpoints":
-        return source, checkpoint
-    if checkpoint is not None:
-        raise ValueError(f"--checkpoint {checkpoint}: {source} is a checkpoint already; leave out one of the two")
-    return source.parent.parent, source.name
 
 
 def _import_harness() -> Any:
@@ -143,29 +134,20 @@ def _import_harness() -> Any:
     return harness
 
 
-def _load(config: Config, folder: Path, arguments: argparse.Namespace) -> tuple[Any, Path, int]:
-    """The model with its weights, the tokenizer's file, and how many tokens the model reads at most."""
+def _load(subject: Subject, device: str | None) -> Any:
+    """The model with its weights, where it shall run."""
     import torch
 
     from pretrain.checkpoint.reader import CheckpointReader, load_weights
     from pretrain.config.components import build_component
     from pretrain.parallel.layers import TorchLayers
 
-    tokenizer = arguments.tokenizer
-    if tokenizer is None:
-        tokenizer = build_component(config.data, seed=config.run.seed).tokenizer_path
-    if tokenizer is None:
-        raise ValueError("the run's data source has no tokenizer, which the harness needs; name one with --tokenizer")
-    model = build_component(config.model, layers=TorchLayers())
-    load_weights(model, CheckpointReader(folder))
-    wanted = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    longest = getattr(config.model, "max_sequence_length", None)
-    length = arguments.max_length or longest or getattr(config.data, "sequence_length", None) or _DEFAULT_LENGTH
-    if longest is not None and length > longest:
-        raise ValueError(f"--max-length: found {length}, the model reads at most {longest} (max_sequence_length)")
-    return model.to(wanted).eval(), Path(tokenizer), int(length)
+    model = build_component(subject.model, layers=TorchLayers())
+    load_weights(model, CheckpointReader(subject.checkpoint))
+    return model.to(wanted).eval()
 
 
 def _step_of(folder: Path) -> int:
@@ -186,8 +168,10 @@ def _print_table(rows: list[tuple[str, str, str, float, float | None]], folder: 
     Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(table)
 
 
-def _record(run: RunDir, config: Config, step: int, rows: list[tuple[str, str, str, float, float | None]]) -> None:
-    """The figures in ``metrics.jsonl`` and, where the run is tracked, in MLflow."""
+def _record(
+    run: RunDir, config: Config, step: int, rows: list[tuple[str, str, str, float, float | None]], out: Path
+) -> None:
+    """The figures, with the file they are from, in ``metrics.jsonl`` and, where the run is tracked, in MLflow."""
     from pretrain.tracking.metrics_log import MetricsLog, read_records
 
     try:
@@ -199,7 +183,7 @@ def _record(run: RunDir, config: Config, step: int, rows: list[tuple[str, str, s
         for task, metric, chosen, value, _ in rows
     }
     with MetricsLog(run.metrics_path, attempt) as log:
-        log.write("harness", step=step, metrics=metrics)
+        log.write("harness", step=step, metrics=metrics, file=str(out.absolute()))
     if not config.tracking.enabled:
         return
     from pretrain.tracking.sync import sync

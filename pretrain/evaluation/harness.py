@@ -64,6 +64,19 @@ class HarnessLM(TemplateLM):
         """Text of tokens, special ones left out."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations after contexts; of no token after no text 0, which it cannot ask."""
+        found = [(0.0, True)] * len(requests)
+        asked = [
+            number
+            for number, request in enumerate(requests)
+            if request.args[0] or self.tok_encode(request.args[1], add_special_tokens=False)
+        ]
+        scores = super().loglikelihood([requests[n] for n in asked], disable_tqdm=disable_tqdm) if asked else []
+        for number, score in zip(asked, scores, strict=True):
+            found[number] = score
+        return found
+
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         return self._score(pairs)
@@ -109,6 +122,8 @@ class HarnessLM(TemplateLM):
         return found
 
     def _generate(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+        if settings.get("do_sample") and settings.get("temperature") is None:
+            settings = settings | {"temperature": 1.0}  # the harness would put 0, which does not sample
         settings = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
         unknown = sorted(settings.keys() - set(_GENERATION))
         if unknown:

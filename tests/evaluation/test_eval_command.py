@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.command import Outcome, pretrain
+from support.huggingface import their_logits, tiny
 from torch.nn.functional import cross_entropy
 
 from data_pipeline.config import TextDataConfig
@@ -20,6 +23,7 @@ from pretrain.checkpoint.reader import CheckpointReader, load_weights
 from pretrain.cli import main
 from pretrain.config.check import check
 from pretrain.config.freeze import load
+from pretrain.evaluation.subject import Subject, save_results
 from pretrain.parallel.layers import TorchLayers
 from pretrain.tracking.metrics_log import read_records
 
@@ -121,24 +125,30 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
+def bits_per_byte(logits_of: Callable[[torch.Tensor], torch.Tensor], sources: dict[str, Path]) -> float:
+    """Of the texts of the task ``own``; ``logits_of`` takes tokens [L, 1] and gives [L, V]."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(sources["code"] / "tokenizer.json"))
+    nats = num_bytes = 0.0
+    for text in ("def f(x): return x\n", "λ"):
+        tokens = [tokenizer.token_to_id("<|bos|>"), *tokenizer.encode(text, add_special_tokens=False).ids]
+        logits = logits_of(torch.tensor(tokens).unsqueeze(1)).double()
+        nats += float(cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="sum"))
+        num_bytes += len(text.encode())
+    return nats / math.log(2) / num_bytes
+
+
 @torch.no_grad()
 def test_harness_on_a_checkpoint(trained: Outcome, sources: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from tokenizers import Tokenizer
-
     out = tmp_path / "results.json"
     checkpoint = trained.path / "checkpoints" / "step_00000002"
     result = pretrain("eval", checkpoint, "--tasks", "own", "--include", tasks, "--out", out, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads(out.read_text())
-    model, tokenizer = model_of(trained), Tokenizer.from_file(str(sources["code"] / "tokenizer.json"))
-    nats = num_bytes = 0.0
-    for text in ("def f(x): return x\n", "λ"):
-        tokens = [tokenizer.token_to_id("<|bos|>"), *tokenizer.encode(text, add_special_tokens=False).ids]
-        logits = model(torch.tensor(tokens).unsqueeze(1)).squeeze(1).double()
-        nats += float(cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="sum"))
-        num_bytes += len(text.encode())
-    expected = nats / math.log(2) / num_bytes
+    model = model_of(trained)
+    expected = bits_per_byte(lambda ids: model(ids).squeeze(1), sources)
     assert found["harness"]["results"]["own"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
     assert found["step"] == 2
     assert f"{expected:.4f}" in result.stdout
@@ -153,6 +163,68 @@ def test_harness_on_a_checkpoint(trained: Outcome, sources: dict[str, Path], tas
     assert run.data.metrics["harness/own/bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert run.data.metrics["eval/validation/prose/perplexity"] > 1
     assert run.info.status == "FINISHED"
+
+
+def test_nothing_saved_is_overwritten(
+    trained: Outcome, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    before = read_records(trained.path / "metrics.jsonl")
+    command = ["eval", trained.path, "--tasks", "own", "--include", tasks]
+    for further in ([], ["--limit", "1"]):
+        result = pretrain(*command, *further, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    files = [trained.path / "artifacts" / f"eval_step_00000002_{number}.json" for number in (1, 2)]
+    assert [json.loads(file.read_text())["limit"] for file in files] == [None, 1]
+    added = read_records(trained.path / "metrics.jsonl")[len(before) :]
+    assert [(record["event"], record["file"]) for record in added] == [("harness", str(file)) for file in files]
+
+    saved = files[0].read_text()
+    assert main([*map(str, command), "--out", str(files[0])]) == 2
+    assert f"--out: {files[0]} is there already and is not overwritten; choose another name" in capsys.readouterr().err
+    assert files[0].read_text() == saved
+
+
+def test_a_file_that_comes_up_meanwhile_is_kept(tmp_path: Path) -> None:
+    subject = Subject(tmp_path / "step_00000001", None, tmp_path)
+    out = tmp_path / "figures.json"
+    assert save_results(subject, out, "first") == out
+    assert save_results(subject, out, "second") == tmp_path / "figures_1.json"
+    assert out.read_text() == "first"
+
+
+@torch.no_grad()
+def test_harness_on_an_imported_folder(
+    sources: dict[str, Path], tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    theirs = tiny("llama", vocab_size=VOCABULARY)
+    theirs.save_pretrained(tmp_path / "hf")
+    shutil.copyfile(sources["code"] / "tokenizer.json", tmp_path / "hf" / "tokenizer.json")
+    imported = tmp_path / "imported"
+    assert pretrain("import", tmp_path / "hf", imported).returncode == 0
+    # The folder, and the checkpoint in it.
+    for number, source in enumerate((imported, imported / "checkpoint"), start=1):
+        result = pretrain("eval", source, "--tasks", "own", "--include", tasks, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        found = json.loads((imported / f"eval_checkpoint_{number}.json").read_text())
+        expected = bits_per_byte(lambda ids: their_logits(theirs, ids.t())[0], sources)
+        assert found["harness"]["results"]["own"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
+    command = ["eval", str(imported), "--tasks", "own", "--include", str(tasks)]
+    assert main([*command, "--checkpoint", "1"]) == 2
+    assert "is a checkpoint already" in capsys.readouterr().err
+    (imported / "tokenizer.json").unlink()
+    assert main(command) == 2
+    assert f"{imported} has no tokenizer.json, which the harness needs; name one" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_its_run_is_told(
+    trained: Outcome, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "copied"
+    shutil.copytree(trained.path / "checkpoints" / "step_00000002", alone)
+    assert main(["eval", str(alone), "--tasks", "own", "--include", str(tasks)]) == 2
+    assert f"{alone}: a checkpoint outside its run directory" in capsys.readouterr().err
 
 
 def test_faults_are_told_together(trained: Outcome, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:

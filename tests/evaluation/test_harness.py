@@ -149,12 +149,30 @@ def test_generated_answers_stop_where_the_task_says(adapter: HarnessLM) -> None:
         adapter.generate_until([Request("a", {"max_gen_toks": 30})])
 
 
+def test_tasks_that_sample_do_so_at_temperature_one_unless_they_name_another(adapter: HarnessLM) -> None:
+    class Request:
+        def __init__(self, *args: Any) -> None:
+            self.args = args
+
+    def texts(**settings: Any) -> list[str]:
+        requests = [Request("The quick", {"max_gen_toks": 8, "until": [], **settings}) for _ in range(3)]
+        return adapter.generate_until(requests)
+
+    greedy = texts()
+    assert greedy == texts(do_sample=False) == texts(do_sample=True, temperature=0.0)
+    sampled = texts(do_sample=True)
+    assert len({*sampled, *greedy}) == 4  # each request draws for itself
+    assert sampled == texts(do_sample=True, temperature=None) == texts(do_sample=True, temperature=1.0)
+    assert sampled != texts(do_sample=True, temperature=1e-3)
+
+
 def test_likelihoods_of_pairs(adapter: HarnessLM) -> None:
     class Request:
         def __init__(self, *args: Any) -> None:
             self.args = args
 
-    pairs = [("The quick", " brown fox"), ("", "pack my"), ("pack my box with ", "five")]
+    assert adapter.loglikelihood([Request("", "")], disable_tqdm=True) == [(0.0, True)]
+    pairs = [("The quick", " brown fox"), ("", "pack my"), ("", ""), ("pack my box with ", "five")]
     found = adapter.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
     for (context, continuation), (score, _) in zip(pairs, found, strict=True):
         # Spaces at the end of a context belong to the continuation, as everywhere in the harness.

@@ -15,6 +15,8 @@ from data_pipeline.synthetic.config import (
     SelectiveCopyingConfig,
     SyntheticFields,
 )
+from data_pipeline.synthetic.draws import Draws
+from data_pipeline.synthetic.source import Rows, Task
 
 RECALL = AssociativeRecallConfig(vocab_size=64, sequence_length=64, num_pairs=(4, 16), validation_samples=20)
 INDUCTION = InductionConfig(vocab_size=16, lengths=(32, 64), validation_lengths=(32, 128), validation_samples=20)
@@ -28,6 +30,7 @@ ALL = [
     PHONEBOOK,
     PhonebookConfig(num_entries=(5,), reversed=True, num_examples=0, number_length=7),
     PhonebookConfig(num_entries=(5, 40), num_names=300, number_length=1),
+    AssociativeRecallConfig(vocab_size=65536, sequence_length=1020, num_pairs=(255,), validation_samples=40),
 ]
 
 
@@ -185,17 +188,51 @@ def test_validation_is_finite_and_in_parts_of_one_length() -> None:
         validation.batch([39, 40])
 
 
-def test_a_task_with_too_few_rows_is_told() -> None:
-    config = AssociativeRecallConfig(vocab_size=4, sequence_length=4, num_pairs=(1,))  # two different rows in all
-    sources = config.build(0)
-    assert sources.validation is not None
+class OneRow:
+    """A task with a single row, which violations cannot know: it says to have many."""
 
-    def draw_both() -> None:
-        sources.train.batch([0, 1])
-        sources.validation.batch([0, 1])  # type: ignore[union-attr]
+    def describe(self) -> str:
+        return "one row"
 
-    with pytest.raises(ValueError, match=r"no row for the \w+ split in 1000 draws"):
-        draw_both()
+    def length(self, variant: int) -> int:
+        return 4
+
+    def log2_rows(self, variant: int) -> float:
+        return 60.0
+
+    def draw(self, draws: Draws, variant: int) -> Rows:
+        shape = (len(draws.valid_R), 4)
+        return Rows(np.ones(shape, np.int64), np.ones(shape, np.int64), np.ones(shape, bool))
+
+
+def test_a_split_that_cannot_be_filled_fails_before_a_run() -> None:
+    class Config(InductionConfig):
+        def task(self) -> Task:
+            return OneRow()
+
+    with pytest.raises(ValueError, match="no row for the validation split in 1000 draws"):
+        Config().build(0)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        (AssociativeRecallConfig(vocab_size=8, sequence_length=8, num_pairs=(2,)), 6 * 12 * 2),
+        (SelectiveCopyingConfig(vocab_size=4, num_data_tokens=4, lengths=(5,)), 16 * 5),
+        (PhonebookConfig(num_names=2, num_entries=(2,), number_length=1, num_examples=0), 400),
+    ],
+)
+def test_rows_are_counted(config: SyntheticFields, rows: int) -> None:
+    task = config.task()
+    variant = config.variants()[0]
+    drawn = task.draw(Draws(0, np.arange(40 * rows)), variant).tokens
+    assert len(np.unique(drawn, axis=0)) == rows  # each is missed with a probability of e^-40 if equally likely
+    assert 2 ** task.log2_rows(variant) == pytest.approx(rows)
+    broken = [(field, rule) for field, _, rule, _ in config.violations()]
+    assert bool(broken) == (rows < 256)
+    if broken:
+        assert broken[0][0] == config.variants_field
+        assert "fewer than 256 different rows" in broken[0][1]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +249,14 @@ def test_a_task_with_too_few_rows_is_told() -> None:
         (PhonebookConfig(num_entries=(30,), name_length=1), ["num_entries"]),
         (PhonebookConfig(num_entries=(8, 8), name_length=0), ["num_entries", "name_length"]),
         (PhonebookConfig(number_length=0, num_names=0), ["number_length", "num_names"]),
+        (AssociativeRecallConfig(vocab_size=4, sequence_length=4, num_pairs=(1,)), ["num_pairs"]),
+        (AssociativeRecallConfig(vocab_size=65536, sequence_length=2048, num_pairs=(300,)), ["num_pairs"]),
+        (AssociativeRecallConfig(power=float("inf"), vocab_size=10**10), ["vocab_size", "power"]),
+        (AssociativeRecallConfig(power=float("nan")), ["power"]),
+        (InductionConfig(vocab_size=10**10), ["vocab_size"]),
+        (SelectiveCopyingConfig(vocab_size=4, num_data_tokens=4, lengths=(4, 64)), ["lengths"]),
+        (PhonebookConfig(num_names=10**10), ["num_names"]),
+        (PhonebookConfig(num_names=1, num_entries=(1,), number_length=1, num_examples=0), ["num_entries"]),
         (PhonebookConfig(num_examples=-1, validation_samples=0), ["validation_samples", "num_examples"]),
     ],
 )  # fmt: skip
