@@ -185,7 +185,7 @@ def check_model(model: nn.Module, reader: CheckpointReader, *, partial: bool = F
         ),
     ]
     if faults:
-        shown = "\n  ".join(faults[:20]) + (f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else "")
+        shown = "\n  ".join(faults)
         raise CheckpointError(
             f"{reader.folder} holds another model than the configuration describes:\n  {shown}\n"
             "Use the run directory's own configuration (`pretrain resume RUN_DIR`), or start a new run."

@@ -14,10 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pretrain.exchange.keys import current_names
 from pretrain.models.hybrid.config import HybridConfig
 
 Tree = dict[str, Any]
 """Fields of a configuration as plain nested dicts."""
+
+MOST = 2**31 - 1
+"""Largest size taken seriously; :data:`MOST_LAYERS` is the largest depth. A wrong file must not fill the memory."""
+MOST_LAYERS = 100_000
 
 
 class ExchangeError(ValueError):
@@ -59,6 +64,7 @@ class Architecture:
         model_type, class_name: as in ``config.json``.
         defaults: every key that the class knows, with the value that counts when the file leaves it out.
         neutral: those of them that do not change what the model computes.
+        aliases: other spellings that the class understands, and the keys of ``defaults`` that they stand for.
         read: settings to the fields of our configuration.
         write: our configuration to settings, as far as they can express it.
         links: the tensors of a model; head and embedding are left to the caller.
@@ -82,6 +88,7 @@ class Architecture:
     zeros: Callable[[HybridConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
     absent: Callable[[str], bool] = lambda name: False
     prefixes: tuple[str, ...] = ("",)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -95,22 +102,26 @@ class Settings:
     notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, key: str) -> Any:
-        return self.values.get(key, self.defaults[key])
+        return self.values[key] if key in self.values else self.defaults[key]
 
-    def whole(self, key: str) -> int:
-        """A whole number above 0; a fault, and 1 in its place, for anything else."""
+    def whole(self, key: str, most: int = MOST) -> int:
+        """A whole number above 0, up to ``most``; a fault, and 1 in its place, for anything else."""
         value = self[key]
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
             return value
-        self.fault(key, "a whole number above 0")
+        self.fault(key, f"a whole number above 0, up to {most}")
         return 1
 
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """The number of layers."""
+        return self.whole(key, MOST_LAYERS)
+
     def number(self, key: str) -> float:
-        """A number."""
+        """A finite number."""
         value = as_number(self[key])
-        if value is not None:
+        if value is not None and math.isfinite(value):
             return value
-        self.fault(key, "a number")
+        self.fault(key, "a finite number")
         return 1.0
 
     def flag(self, key: str) -> bool:
@@ -126,25 +137,32 @@ class Settings:
             shown = " or ".join(map(repr, allowed))
             self.fault(key, f"{shown}: this platform has no other {self.class_name}")
 
+    def only_layers(self, *kinds: str) -> None:
+        """A fault unless ``layer_types``, where the file has them, are all of these kinds."""
+        found = current_names(self["layer_types"])
+        if found is not None and not (isinstance(found, list) and all(kind in kinds for kind in found)):
+            self.fault("layer_types", f"only {' or '.join(kinds)}: this platform has no other {self.class_name}")
+
     def fault(self, key: str, expected: str) -> None:
         """Report the value of a key."""
         self.faults.append(f"config.json: {key} = {self[key]!r}, expected {expected}")
 
 
 def as_number(value: Any) -> float | None:
-    """A JSON number, also ``Infinity`` as transformers 5 writes it (``{"__float__": "Infinity"}``); else None."""
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(str(value["__float__"]).replace("Infinity", "inf"))
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    """A number, perhaps infinite, that a float can hold; else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
         return float(value)
-    return None
+    except OverflowError:
+        return None
 
 
 def step_limit(settings: Settings, key: str = "time_step_limit") -> tuple[float, float] | None:
     """Limits of the step sizes of state-space layers; None for (0, infinity)."""
     limits = settings[key]
     found = [as_number(limit) for limit in limits] if isinstance(limits, list | tuple) else []
-    if len(found) != 2 or found[0] is None or found[1] is None:
+    if len(found) != 2 or found[0] is None or found[1] is None or math.isnan(found[0]) or math.isnan(found[1]):
         settings.fault(key, "two numbers, lowest and highest step")
         return None
     return None if (found[0] <= 0 and found[1] == math.inf) else (found[0], found[1])

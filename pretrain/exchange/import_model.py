@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExchangeError(f"{path} is missing: expected a folder as `save_pretrained` writes it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExchangeError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ExchangeError(f"{path} holds {type(values).__name__}, expected an object")

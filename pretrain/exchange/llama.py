@@ -6,6 +6,7 @@ feature j with feature j + P/2 in both, so that projections are copied as they a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,9 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "rope_parameters": None,
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
+    "layer_types": None,
     "attention_bias": False,
     "attention_dropout": 0.0,
     "mlp_bias": False,
@@ -37,10 +41,12 @@ _ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def _read(settings: Settings) -> Tree:
     settings.only("hidden_act", "silu", "swish")
+    settings.only_layers("full_attention")
     heads = settings.whole("num_attention_heads")
     attention: Tree = {"num_heads": heads}
     if settings["num_key_value_heads"] is not None:
@@ -54,7 +60,7 @@ def _read(settings: Settings) -> Tree:
     if settings.flag("mlp_bias"):
         mlp["bias"] = True
     return {
-        "pattern": "*-" * settings.whole("num_hidden_layers"),
+        "pattern": "*-" * settings.layers(),
         "width": settings.whole("hidden_size"),
         "vocab_size": settings.whole("vocab_size"),
         "max_sequence_length": settings.whole("max_position_embeddings"),
@@ -67,34 +73,75 @@ def _read(settings: Settings) -> Tree:
 
 
 def _read_rope(settings: Settings) -> Tree:
-    """``rope_parameters`` as transformers 5 writes them, or ``rope_theta`` and ``rope_scaling`` of older files."""
-    rope = {"rope_theta": settings["rope_theta"], **(settings["rope_scaling"] or {})}
-    rope |= settings["rope_parameters"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = as_number(rope["rope_theta"])
-    if theta is None:
-        settings.faults.append(f"config.json: rope_theta = {rope['rope_theta']!r}, expected a number")
-        theta = 10000.0
+    """``rope_parameters`` as transformers 5 writes them, or ``rope_theta`` and ``rope_scaling`` of older files.
+
+    Which of them counts depends on the release, so that all that are given must say the same.
+    """
+    top = {"rope_theta": settings["rope_theta"]}
+    if settings["partial_rotary_factor"] is not None:
+        top["partial_rotary_factor"] = settings["partial_rotary_factor"]
+    given = {key: rope for key in ("rope_scaling", "rope_parameters") if (rope := _rope_of(settings, key, top))}
+    rope, *others = given.values() or [top | {"rope_type": "default"}]
+    if any(other != rope for other in others):
+        shown = " and ".join(f"{key} = {settings[key]!r}" for key in given)
+        settings.faults.append(f"config.json: {shown} differ, expected one of them, or both the same; remove one")
+    if "rope_theta" in settings.values and rope["rope_theta"] != settings["rope_theta"]:
+        settings.fault("rope_theta", f"{rope['rope_theta']!r} as in {' and '.join(given)}; remove one")
+    theta = _positive(settings, "rope_theta", rope["rope_theta"])
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         found = rope["partial_rotary_factor"]
         settings.faults.append(f"config.json: partial_rotary_factor = {found!r}, expected 1.0 in {settings.class_name}")
+    kind = rope["rope_type"]
     if kind == "default":
         return {"rope_theta": theta}
-    if kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         known = ", ".join(["default", *_ROPE_NUMBERS])
         settings.faults.append(f"config.json: rope_type = {kind!r}, expected one of {known}")
         return {"rope_theta": theta}
+    if kind == "llama3":
+        rope[_ORIGINAL] = _original_length(settings, rope.get(_ORIGINAL))
     scaling: Tree = {"kind": kind}
     for name in _ROPE_NUMBERS[kind]:
-        found = rope.get(name)
-        if name == "original_max_position_embeddings" and found is None:
-            found = settings["max_position_embeddings"]
-        value = as_number(found)
-        if value is None or value <= 0:
-            settings.faults.append(f"config.json: {name} of rope_type {kind} = {found!r}, expected a number above 0")
-            continue
-        scaling[name] = int(value) if name == "original_max_position_embeddings" else value
+        value = _positive(settings, f"{name} of rope_type {kind}", rope.get(name))
+        scaling[name] = int(value) if name == _ORIGINAL else value
+        if scaling[name] != value:
+            settings.faults.append(f"config.json: {name} = {value!r}, expected a whole number")
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _rope_of(settings: Settings, key: str, top: Tree) -> Tree:
+    """The settings of the embedding under ``key``, completed as the class does it; empty where there are none."""
+    found = settings[key]
+    if found is None or found == {}:
+        return {}
+    if not isinstance(found, dict):
+        settings.fault(key, "an object, or null")
+        return {}
+    # A dictionary for each kind of layers, which the class knows of as well.
+    if any(isinstance(value, dict) for value in found.values()):
+        settings.fault(key, f"one embedding for all layers: {settings.class_name} has no other")
+        return {}
+    named = {name: value for name, value in found.items() if name != "type"}
+    return {**top, "rope_type": found.get("type", "default"), **named}
+
+
+def _original_length(settings: Settings, inside: Any) -> Any:
+    """Length before the scaling of llama3: the class prefers the one beside the other settings of the embedding."""
+    beside = settings[_ORIGINAL]
+    if beside is None:
+        return settings["max_position_embeddings"] if inside is None else inside
+    if inside is not None and inside != beside:
+        settings.fault(_ORIGINAL, f"{inside!r} as in the settings of the embedding; remove one")
+    return beside
+
+
+def _positive(settings: Settings, name: str, found: Any) -> float:
+    """A finite number above 0; a fault, and 1 in its place, for anything else."""
+    value = as_number(found)
+    if value is not None and 0 < value < math.inf:
+        return value
+    settings.faults.append(f"config.json: {name} = {found!r}, expected a finite number above 0")
+    return 1.0
 
 
 def _write(config: HybridConfig) -> Tree:

@@ -19,6 +19,7 @@ _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32768,
     "hidden_size": 4096,
     "state_size": 128,
+    "layer_types": None,
     "num_hidden_layers": 64,
     "layer_norm_epsilon": 1e-5,
     "expand": 2,
@@ -45,12 +46,18 @@ _DEFAULTS: dict[str, Any] = {
 
 def _read(settings: Settings) -> Tree:
     settings.only("hidden_act", "silu", "swish")
+    settings.only_layers("linear_attention")
     width, expand = settings.whole("hidden_size"), settings.whole("expand")
     head_dim, heads = settings.whole("head_dim"), settings.whole("num_heads")
     if not settings.faults and heads * head_dim != expand * width:
         settings.fault("num_heads", f"expand * hidden_size / head_dim = {expand * width / head_dim:g}")
+    if (limit := step_limit(settings)) is not None:
+        settings.notes.append(
+            f"time_step_limit = [{limit[0]:g}, {limit[1]:g}] limits the steps here always, in {settings.class_name} "
+            "of transformers not while it decodes from its cache"
+        )
     return {
-        "pattern": "M" * settings.whole("num_hidden_layers"),
+        "pattern": "M" * settings.layers(),
         "width": width,
         "vocab_size": settings.whole("vocab_size"),
         "mamba2": {
@@ -60,7 +67,7 @@ def _read(settings: Settings) -> Tree:
             "groups": settings.whole("n_groups"),
             "conv_kernel": settings.whole("conv_kernel"),
             "chunk_size": settings.whole("chunk_size"),
-            **mixer_options(settings, "use_bias", step_limit(settings)),
+            **mixer_options(settings, "use_bias", limit),
         },
         "norm": {"eps": settings.number("layer_norm_epsilon")},
         "tied_embeddings": settings.flag("tie_word_embeddings"),

@@ -10,45 +10,11 @@ from pretrain.config.check import plain
 from pretrain.config.components import TARGET, check_component
 from pretrain.config.typecheck import Report, check_value
 from pretrain.exchange.architecture import Architecture, ExchangeError, Settings, Tree
+from pretrain.exchange.keys import FIXED, HARMLESS, PLAIN_WEIGHTS, decoded, spelled_once
 from pretrain.exchange.registry import ARCHITECTURES, architecture_of
 from pretrain.models.hybrid.config import MIXERS, HybridConfig
 
 HYBRID = "pretrain.models.hybrid.config.HybridConfig"
-
-_BASE_KEYS = frozenset(
-    (
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "_name_or_path",
-        "name_or_path",
-        "auto_map",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "tokenizer_class",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "is_decoder",
-        "is_encoder_decoder",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "torchscript",
-        "use_bfloat16",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-    )
-)
-"""Keys of every class that say nothing about what the model computes."""
 
 _TRAINING_ONLY = frozenset(
     {"layer_ratios", "max_sequence_length", "init_std", "mamba1.chunk_size", "moe.balance_loss", "moe.z_loss"}
@@ -78,20 +44,22 @@ def import_config(values: Mapping[str, Any]) -> ImportedConfig:
         ExchangeError: another architecture, or every setting that this platform does not compute.
     """
     architecture = architecture_of(values)
-    settings = Settings(values, architecture.defaults, architecture.class_name)
+    written, faults = spelled_once(decoded(values), architecture.aliases, architecture.defaults)
+    settings = Settings(written, architecture.defaults, architecture.class_name, faults)
+    for key in sorted(FIXED.keys() & (written.keys() - architecture.defaults.keys())):
+        settings.only(key, *FIXED[key])
     tree = architecture.read(settings)
-    if "quantization_config" in values:
-        settings.faults.append(
-            "config.json: quantization_config: weights must be plain; use the model before quantization"
-        )
+    for key in PLAIN_WEIGHTS:
+        if key in values:
+            settings.faults.append(f"config.json: {key}: weights must be plain; use the model before quantization")
     report = Report()
     model = None
     if not settings.faults:
         model = check_component({TARGET: HYBRID, **tree}, "model", report)
-    faults = [*settings.faults, *(f"{v.path} = {v.found!r}: {v.rule}" for v in report.violations)]
-    if faults or model is None:
-        raise ExchangeError(_listed(f"{architecture.class_name} with these settings cannot be imported", faults))
-    unknown = sorted(values.keys() - architecture.defaults.keys() - _BASE_KEYS)
+    found = [*settings.faults, *(f"{v.path} = {v.found!r}: {v.rule}" for v in report.violations)]
+    if found or model is None:
+        raise ExchangeError(_listed(f"{architecture.class_name} with these settings cannot be imported", found))
+    unknown = sorted(written.keys() - architecture.defaults.keys() - FIXED.keys() - HARMLESS)
     if unknown:
         settings.notes.append(f"keys of config.json that {architecture.class_name} does not know: {', '.join(unknown)}")
     for key in ("attention_dropout", "hidden_dropout"):

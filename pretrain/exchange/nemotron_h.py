@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.exchange.architecture import Architecture, Link, Settings, Tree, link, step_limit
+from pretrain.exchange.keys import current_names
 from pretrain.exchange.mamba2 import mixer_links, mixer_options
 from pretrain.models.hybrid.config import HybridConfig
 
@@ -23,7 +24,6 @@ _DEFAULTS: dict[str, Any] = {
     "vocab_size": 131072,
     "hidden_size": 4096,
     "layers_block_type": None,
-    "layer_types": None,
     "hybrid_override_pattern": None,
     "num_hidden_layers": None,
     "tie_word_embeddings": False,
@@ -94,15 +94,21 @@ _NEUTRAL = frozenset(
         "tie_word_embeddings",
     }
 )
-_SYMBOLS = {
-    "linear_attention": "M",
-    "mamba": "M",
-    "full_attention": "*",
-    "attention": "*",
-    "mlp": "-",
-    "moe": "E",
+_ALIASES = {
+    "layer_types": "layers_block_type",
+    "num_local_experts": "n_routed_experts",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_expand": "expand",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
 }
 _TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+_SYMBOLS = {kind: symbol for symbol, kind in _TYPES.items()}
 
 
 def _read(settings: Settings) -> Tree:
@@ -141,15 +147,17 @@ def _read(settings: Settings) -> Tree:
 
 
 def _read_pattern(settings: Settings) -> str:
-    kinds = settings["layers_block_type"] or settings["layer_types"]
-    if isinstance(kinds, list) and kinds and all(kind in _SYMBOLS for kind in kinds):
-        return "".join(_SYMBOLS[kind] for kind in kinds)
+    kinds, pattern = current_names(settings["layers_block_type"]), settings["hybrid_override_pattern"]
+    if isinstance(kinds, list) and kinds and all(isinstance(kind, str) and kind in _SYMBOLS for kind in kinds):
+        listed = "".join(_SYMBOLS[kind] for kind in kinds)
+        if pattern is not None and pattern != listed:
+            settings.fault("hybrid_override_pattern", f"{listed!r} as layers_block_type says; remove one")
+        return listed
     if kinds is not None:
         settings.faults.append(
             f"config.json: layers_block_type = {kinds!r}, expected a list of {', '.join(_TYPES.values())}"
         )
         return "M"
-    pattern = settings["hybrid_override_pattern"]
     if isinstance(pattern, str) and pattern and set(pattern) <= set(_TYPES):
         return pattern
     settings.fault("hybrid_override_pattern", f"symbols {' '.join(_TYPES)}, or a list layers_block_type")
@@ -308,4 +316,5 @@ NEMOTRON_H = Architecture(
     zeros=_zeros,
     # Published files say backbone, the class calls it model.
     prefixes=("backbone.", "model."),
+    aliases=_ALIASES,
 )

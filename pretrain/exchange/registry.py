@@ -21,9 +21,12 @@ def architecture_of(values: Mapping[str, Any]) -> Architecture:
     Raises:
         ExchangeError: it names another architecture, or none.
     """
-    kind, classes = values.get("model_type"), values.get("architectures") or []
+    kind, classes = values.get("model_type"), values.get("architectures")
     known = ", ".join(f"{a.model_type} ({a.class_name})" for a in ARCHITECTURES.values())
-    if kind not in ARCHITECTURES:
+    classes = [] if classes is None else classes
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ExchangeError(f"config.json: architectures = {classes!r}, expected a list of names of classes")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         named = f"model_type {kind!r}" + (f", architectures {classes}" if classes else "")
         raise ExchangeError(f"config.json: {named}, expected one of {known}")
     architecture = ARCHITECTURES[kind]

@@ -86,7 +86,7 @@ def special_ids(path: Path) -> dict[str, int | None]:
     if beside.is_file():
         try:
             names = dict(json.loads(beside.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ExchangeError(f"{beside} cannot be read: {error}") from error
     tokens = framing_tokens(path)
     ids = tokenizer_facts(path).ids

@@ -14,6 +14,7 @@ from support.huggingface import load_imported, our_logits, save_weights, their_l
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from data_pipeline.prepare.tokenizer import TokenizerFile, train_byte_level_bpe
+from pretrain.checkpoint.manifest import CorruptCheckpointError
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import verify
 from pretrain.exchange.export_model import export_folder
@@ -41,6 +42,42 @@ def test_a_sharded_model_is_read_and_written(tmp_path: Path) -> None:
         assert safe_open(path, framework="pt").metadata() == {"format": "pt"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert torch.equal(their_logits(again, tokens()), their_logits(theirs, tokens()))
+
+
+def test_a_sharded_export_in_bf16_is_the_model_rounded(tmp_path: Path) -> None:
+    theirs = tiny("nemotron_h", time_step_min=1e-30)
+    theirs.save_pretrained(tmp_path / "theirs")
+    done = import_folder(tmp_path / "theirs", tmp_path / "ours")
+    checkpoint = tmp_path / "ours" / "checkpoint"
+    export_folder(checkpoint, done.config.model, tmp_path / "back", dtype="bf16", shard_bytes=10_000)
+    shards = sorted((tmp_path / "back").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    again, rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").eval(), theirs.bfloat16()
+    assert again.dtype == torch.bfloat16
+    first, second = again.state_dict(), rounded.state_dict()
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key].bfloat16(), second[key])] == []
+    # In one precision for the rest of the numbers, too.
+    wanted = their_logits(rounded.float(), tokens())
+    assert torch.equal(their_logits(again.float(), tokens()), wanted)
+    import_folder(tmp_path / "back", tmp_path / "again")
+    ours = load_imported(tmp_path / "again")
+    torch.testing.assert_close(our_logits(ours, tokens()), wanted, atol=1e-4, rtol=0)
+
+    whole = shards[1].read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    damaged = {
+        "cut": whole[:-2],
+        "longer": whole + b"\0\0",
+        "header": whole[:8] + b"#" * length + whole[8 + length :],
+        "length of the header": (1 << 60).to_bytes(8, "little") + whole[8:],
+        "empty": b"",
+    }
+    for name, content in damaged.items():
+        shards[1].write_bytes(content)
+        with pytest.raises(CorruptCheckpointError, match=shards[1].name):
+            import_folder(tmp_path / "back", tmp_path / name)
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba2"])

@@ -156,9 +156,8 @@ def test_another_architecture_is_named() -> None:
                 "mlp_hidden_act": "silu",
                 "sliding_window": 8,
                 "attention_bias": True,
-                "mamba_num_heads": 100,
             },
-            ["mlp_hidden_act", "sliding_window", "attention_bias", "mamba_num_heads"],
+            ["mlp_hidden_act", "sliding_window", "attention_bias"],
         ),
         ("nemotron_h", {"hybrid_override_pattern": "M", "time_step_limit": [0.1, 0.2]}, ["time_step_limit"]),
         ("nemotron_h", {"hybrid_override_pattern": "M", "num_nextn_predict_layers": 1}, ["num_nextn_predict_layers"]),
@@ -268,6 +267,14 @@ def test_exports_of_another_model_or_over_files(tmp_path: Path) -> None:
     checkpoint = _save(config, tmp_path)
     with pytest.raises(CheckpointError, match=r"layers.1.norm.weight: missing"):
         export_folder(checkpoint, other, tmp_path / "out")
+    deep = hybrid("M" * 5, 32, VOCABULARY, mamba2__head_dim=8)
+    with pytest.raises(CheckpointError) as caught:
+        export_folder(checkpoint, deep, tmp_path / "out")
+    missing = {name for name, _ in deep.build(TorchLayers()).named_parameters() if name.split(".")[1] in "1234"}
+    assert len(missing) > 20
+    told = str(caught.value)
+    assert told.count(": missing in the checkpoint") >= len(missing)
+    assert "more" not in told
     (tmp_path / "tokenizer.json").write_text(train_byte_level_bpe(["abc"], 258).text)
     with pytest.raises(ExchangeError, match="ids up to 257"):
         export_folder(checkpoint, config, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
