@@ -197,10 +197,11 @@ def _back_ends() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         wanted = os.environ.get(VARIABLE) or "auto"
         if wanted in ("auto", "torch"):
-            yield Finding("back ends", "all operations", "ok", "torch: there is no GPU here", needed_for)
+            yield Finding("back ends", "state spaces", "ok", "torch: there is no GPU here", needed_for)
         else:
             detail = f"{VARIABLE}={wanted}, but there is no GPU here: models with Mamba layers will refuse to run"
-            yield Finding("back ends", "all operations", "warn", detail, needed_for)
+            yield Finding("back ends", "state spaces", "warn", detail, needed_for)
+        yield _attention_ways()
         return
     try:
         found = choices()
@@ -209,6 +210,19 @@ def _back_ends() -> Iterator[Finding]:
         return
     for choice in found:
         yield Finding("back ends", choice.operation, "ok", f"{choice.backend}: {choice.reason}", needed_for)
+    yield _attention_ways()
+
+
+def _attention_ways() -> Finding:
+    """The ways of computing attention that this host has; which one a call takes depends on its options."""
+    from pretrain.ops.attention import describe_ways
+
+    found = describe_ways()
+    ready = [way for way, state in found.items() if state == "available"]
+    absent = [f"{way}: {state}" for way, state in found.items() if state != "available"]
+    return Finding(
+        "back ends", "attention", "ok", ", ".join(ready), "; ".join(absent) or "every combination of options"
+    )
 
 
 def _slurm() -> Iterator[Finding]:

@@ -97,9 +97,10 @@ def test_back_ends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv(backends.VARIABLE, raising=False)
-    assert found() == {"all operations": ("ok", "torch: there is no GPU here")}
+    ways = ("ok", "sdpa, blocked")
+    assert found() == {"state spaces": ("ok", "torch: there is no GPU here"), "attention": ways}
     monkeypatch.setenv(backends.VARIABLE, "mamba_ssm")
-    status, detail = found()["all operations"]
+    status, detail = found()["state spaces"]
     assert status == "warn"
     assert "PRETRAIN_KERNELS=mamba_ssm, but there is no GPU" in detail
 
@@ -110,7 +111,7 @@ def test_back_ends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert "pip install mamba-ssm" in detail
     monkeypatch.setenv(backends.VARIABLE, "auto")
     assert found()["ssd"] == ("ok", "torch: mamba-ssm is not installed; flash-linear-attention is not installed")
-    assert set(found()) == set(backends.KERNELS)
+    assert set(found()) == {*backends.KERNELS, "attention"}
     monkeypatch.setattr(backends, "_load", lambda adapter: (print, f"{adapter.distribution} 9"))
     assert found()["causal_conv"] == ("ok", "mamba_ssm: causal_conv1d_fn of causal-conv1d 9")
     backends._choose.cache_clear()
