@@ -7,6 +7,7 @@ which is reported by difficulty.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +23,7 @@ _MOST_POWER = 10  # weights stay within float64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticFields:
+class SyntheticFields(ABC):
     """What the tasks share. ``validation_samples``: rows of the validation split for each difficulty."""
 
     unit: ClassVar[str]
@@ -32,9 +33,9 @@ class SyntheticFields:
 
     validation_samples: int = 256
 
+    @abstractmethod
     def task(self) -> Task:
         """What makes the rows."""
-        raise NotImplementedError
 
     def variants(self) -> Sequence[int]:
         """Difficulties in training."""

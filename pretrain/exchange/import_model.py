@@ -103,11 +103,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ExchangeError(f"{path} is missing: expected a folder as `save_pretrained` writes it") from None
+        raise ExchangeError(
+            f"{path} is missing: expected a folder as `save_pretrained` writes it; name the one with config.json"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ExchangeError(f"{path} cannot be read: {error}") from error
+        raise ExchangeError(f"{path} cannot be read: {error}; restore it, or save the model again") from error
     if not isinstance(values, dict):
-        raise ExchangeError(f"{path} holds {type(values).__name__}, expected an object")
+        raise ExchangeError(
+            f"{path} holds {type(values).__name__}, expected an object; restore it, or save the model again"
+        )
     return values
 
 
@@ -153,4 +157,6 @@ def _data(plan: Plan, weights: ForeignWeights) -> Iterator[Tensor]:
                 broken.append(f"{', '.join(group.theirs)}: holds values that are not finite (read as {name})")
             yield as_bytes(tensor)
     if broken:
-        raise CorruptCheckpointError(f"{weights.folder} is damaged:\n" + "\n".join(f"  {fault}" for fault in broken))
+        raise CorruptCheckpointError(
+            f"{weights.folder} is damaged; copy or download it again:\n" + "\n".join(f"  {fault}" for fault in broken)
+        )

@@ -37,13 +37,15 @@ def imported_model(folder: Path) -> HybridConfig:
     try:
         tree = load(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise ExchangeError(f"{path} cannot be read: {error}") from error
+        raise ExchangeError(f"{path} cannot be read: {error}; run `pretrain import` again") from error
     report = Report()
     model = check_component(tree, "model", report)
     if report.violations:
         raise InvalidConfigError(report.violations)
     if not isinstance(model, HybridConfig):
-        raise ExchangeError(f"{path} describes {type(model).__name__}, expected {HybridConfig.__name__}")
+        raise ExchangeError(
+            f"{path} describes {type(model).__name__}, expected {HybridConfig.__name__}; run `pretrain import` again"
+        )
     return model
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.exchange.architecture import Architecture, Link, Settings, Tree, link
-from pretrain.exchange.mamba2 import mixer_options
+from pretrain.exchange.state_space import mixer_options, read_model, write_model
 from pretrain.models.hybrid.config import HybridConfig
 
 _DEFAULTS: dict[str, Any] = {
@@ -43,16 +43,11 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _read(settings: Settings) -> Tree:
-    settings.only("hidden_act", "silu", "swish")
-    settings.only_layers("linear_attention")
     width, expand = settings.whole("hidden_size"), settings.whole("expand")
     # Written by the class itself, which computes it from the other two.
     settings.only("intermediate_size", None, expand * width)
     rank = math.ceil(width / 16) if settings["time_step_rank"] == "auto" else settings.whole("time_step_rank")
-    return {
-        "pattern": "m" * settings.layers(),
-        "width": width,
-        "vocab_size": settings.whole("vocab_size"),
+    return read_model(settings, "m") | {
         "mamba1": {
             "expand": expand,
             "state_dim": settings.whole("state_size"),
@@ -60,31 +55,14 @@ def _read(settings: Settings) -> Tree:
             "dt_rank": rank,
             **mixer_options(settings, "use_bias", None),
         },
-        "norm": {"eps": settings.number("layer_norm_epsilon")},
-        "tied_embeddings": settings.flag("tie_word_embeddings"),
-        "init_std": settings.number("initializer_range"),
-        "residual_fp32": settings.flag("residual_in_fp32"),
     }
 
 
 def _write(config: HybridConfig) -> Tree:
     mixer = config.mamba1
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "state_size": mixer.state_dim,
-        "num_hidden_layers": config.num_layers,
-        "layer_norm_epsilon": config.norm.eps,
-        "expand": mixer.expand,
+    return write_model(config, mixer) | {
         "intermediate_size": mixer.expand * config.width,
-        "conv_kernel": mixer.conv_kernel,
-        "use_bias": mixer.proj_bias,
-        "use_conv_bias": mixer.conv_bias,
-        "hidden_act": "silu",
-        "initializer_range": config.init_std,
-        "residual_in_fp32": config.residual_fp32,
         "time_step_rank": math.ceil(config.width / 16) if mixer.dt_rank is None else mixer.dt_rank,
-        "tie_word_embeddings": config.tied_embeddings,
     }
 
 

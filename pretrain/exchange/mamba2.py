@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.exchange.architecture import Architecture, Link, Settings, Tree, link, step_limit
+from pretrain.exchange.state_space import mixer_options, read_model, write_model
 from pretrain.models.hybrid.config import HybridConfig
 
 _DEFAULTS: dict[str, Any] = {
@@ -45,8 +46,6 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _read(settings: Settings) -> Tree:
-    settings.only("hidden_act", "silu", "swish")
-    settings.only_layers("linear_attention")
     width, expand = settings.whole("hidden_size"), settings.whole("expand")
     head_dim, heads = settings.whole("head_dim"), settings.whole("num_heads")
     if not settings.faults and heads * head_dim != expand * width:
@@ -56,10 +55,7 @@ def _read(settings: Settings) -> Tree:
             f"time_step_limit = [{limit[0]:g}, {limit[1]:g}] limits the steps here always, in {settings.class_name} "
             "of transformers not while it decodes from its cache"
         )
-    return {
-        "pattern": "M" * settings.layers(),
-        "width": width,
-        "vocab_size": settings.whole("vocab_size"),
+    return read_model(settings, "M") | {
         "mamba2": {
             "expand": expand,
             "head_dim": head_dim,
@@ -69,45 +65,16 @@ def _read(settings: Settings) -> Tree:
             "chunk_size": settings.whole("chunk_size"),
             **mixer_options(settings, "use_bias", limit),
         },
-        "norm": {"eps": settings.number("layer_norm_epsilon")},
-        "tied_embeddings": settings.flag("tie_word_embeddings"),
-        "init_std": settings.number("initializer_range"),
-        "residual_fp32": settings.flag("residual_in_fp32"),
     }
-
-
-def mixer_options(settings: Settings, bias: str, limit: tuple[float, float] | None) -> Tree:
-    """Biases and step limits of a state-space mixer, where they are not the default."""
-    options: Tree = {}
-    if settings.flag(bias):
-        options["proj_bias"] = True
-    if not settings.flag("use_conv_bias"):
-        options["conv_bias"] = False
-    if limit is not None:
-        options["dt_limit"] = list(limit)
-    return options
 
 
 def _write(config: HybridConfig) -> Tree:
     mixer = config.mamba2
-    values: Tree = {
+    values = write_model(config, mixer) | {
         "num_heads": mixer.heads(config.width),
         "head_dim": mixer.head_dim,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "state_size": mixer.state_dim,
-        "num_hidden_layers": config.num_layers,
-        "layer_norm_epsilon": config.norm.eps,
-        "expand": mixer.expand,
-        "conv_kernel": mixer.conv_kernel,
         "n_groups": mixer.groups,
-        "use_bias": mixer.proj_bias,
-        "use_conv_bias": mixer.conv_bias,
-        "hidden_act": "silu",
-        "initializer_range": config.init_std,
-        "residual_in_fp32": config.residual_fp32,
         "chunk_size": mixer.chunk_size,
-        "tie_word_embeddings": config.tied_embeddings,
     }
     if mixer.dt_limit is not None:
         values["time_step_limit"] = list(mixer.dt_limit)

@@ -14,7 +14,8 @@ from typing import Any
 
 from pretrain.exchange.architecture import Architecture, Link, Settings, Tree, link, step_limit
 from pretrain.exchange.keys import current_names
-from pretrain.exchange.mamba2 import mixer_links, mixer_options
+from pretrain.exchange.mamba2 import mixer_links
+from pretrain.exchange.state_space import mixer_options
 from pretrain.models.hybrid.config import HybridConfig
 
 NO_LIMIT = 1e-30

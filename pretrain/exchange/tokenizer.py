@@ -33,7 +33,9 @@ def tokenizer_facts(path: Path) -> TokenizerFacts:
     try:
         ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception for a malformed file
-        raise ExchangeError(f"{path} is no tokenizer: {error}") from None
+        raise ExchangeError(
+            f"{path} is no tokenizer: {error}; replace it by the `tokenizer.json` of the model"
+        ) from None
     return TokenizerFacts(max(ids.values(), default=-1) + 1, ids)
 
 
@@ -87,7 +89,7 @@ def special_ids(path: Path) -> dict[str, int | None]:
         try:
             names = dict(json.loads(beside.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ExchangeError(f"{beside} cannot be read: {error}") from error
+            raise ExchangeError(f"{beside} cannot be read: {error}; restore it") from error
     tokens = framing_tokens(path)
     ids = tokenizer_facts(path).ids
     result: dict[str, int | None] = {}

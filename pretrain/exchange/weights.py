@@ -41,14 +41,18 @@ class ForeignWeights:
             wanted = None if index is None else {name for name, place in index.items() if place == file}
             faults += self._open(file, wanted)
         if faults:
-            raise CorruptCheckpointError(f"{folder} is damaged:\n" + "\n".join(f"  {fault}" for fault in faults))
+            raise CorruptCheckpointError(
+                f"{folder} is damaged; copy or download it again:\n" + "\n".join(f"  {fault}" for fault in faults)
+            )
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored."""
         try:
             tensor: Tensor = self._file_of[name].get_tensor(name)
         except SafetensorError as error:
-            raise CorruptCheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
+            raise CorruptCheckpointError(
+                f"{self.folder}: {name} cannot be read: {error}; copy or download it again"
+            ) from error
         return tensor
 
     def _index(self) -> dict[str, str] | None:
@@ -64,7 +68,9 @@ class ForeignWeights:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             return {str(name): str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptCheckpointError(f"{path} is no index of safetensors files: {error!r}") from error
+            raise CorruptCheckpointError(
+                f"{path} is no index of safetensors files: {error!r}; copy or download it again"
+            ) from error
 
     def _open(self, file: str, wanted: set[str] | None) -> list[str]:
         path = self.folder / file

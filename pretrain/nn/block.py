@@ -7,6 +7,7 @@ Shapes: L = sequence length, B = batch, D = model width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ class Mixer(Protocol):
         ...
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """Residual layer around a mixer (an ``nn.Module`` with the :class:`Mixer` methods): x_LBD -> y_LBD.
 
     The stream may be kept in a higher precision than the mixer's parameters; it leaves in the dtype in which it came.
@@ -54,9 +55,9 @@ class Block(nn.Module):
         mixer = {f"mixer.{name}": fill for name, fill in self.mixer.initialisers(std, out_std).items()}
         return {f"norm.{name}": fill for name, fill in self.norm.initialisers().items()} | mixer
 
+    @abstractmethod
     def forward(self, x_LBD: Tensor, layout: SequenceLayout, cache: Any = None) -> Tensor:
         """Residual stream in, residual stream out."""
-        raise NotImplementedError
 
     @property
     def mixer_dtype(self) -> torch.dtype:

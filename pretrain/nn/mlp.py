@@ -31,12 +31,11 @@ class MLP(nn.Module):
         else:
             self.in_proj = layers.column(width, hidden_size, bias=config.bias)
         self.out_proj = layers.row(hidden_size, width, bias=config.bias)
-        self.has_bias = config.bias
 
     def initialisers(self, std: float, out_std: float) -> dict[str, Initialiser]:
         """Normal weights, ``out_std`` for the projection that writes to the residual stream; no bias at first."""
         weights = {"in_proj.weight": normal(std), "out_proj.weight": normal(out_std)}
-        if self.has_bias:
+        if self.in_proj.bias is not None:
             weights |= {"in_proj.bias": constant(0.0), "out_proj.bias": constant(0.0)}
         return weights
 
