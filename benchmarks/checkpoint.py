@@ -109,7 +109,7 @@ def _rank(rank: int, port: int, folder: Path, arguments: dict[str, Any], results
     from pretrain.config.schema import (
         Config,
         DeepSpeedConfig,
-        LauncherConfig,
+        LocalConfig,
         OptimizerConfig,
         ScheduleConfig,
         TrainConfig,
@@ -146,7 +146,7 @@ def _rank(rank: int, port: int, folder: Path, arguments: dict[str, Any], results
         ),
         optimizer=OptimizerConfig(schedule=ScheduleConfig(kind="constant", horizon=1000)),
         engine=DeepSpeedConfig(),
-        launcher=LauncherConfig(num_processes=size),
+        launcher=LocalConfig(num_processes=size),
     )
     log = _Events()
     checkpoints = CheckpointCallback(

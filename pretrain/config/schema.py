@@ -14,7 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-EXTENDABLE: dict[str, bool] = {"extendable": True}
+from pretrain.config.launch_schema import (
+    EXTENDABLE,
+    ClusterConfig,
+    HealthConfig,
+    LauncherConfig,
+    LifecycleConfig,
+    LocalConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +187,6 @@ EngineConfig = DeepSpeedConfig | MegatronConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LauncherConfig:
-    """How processes start. One process per rank; ``threads_per_process`` is ``OMP_NUM_THREADS`` (None: share cores)."""
-
-    name: Literal["local"] = "local"
-    num_processes: int = field(default=1, metadata=EXTENDABLE)
-    threads_per_process: int | None = field(default=None, metadata=EXTENDABLE)
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=EXTENDABLE)
-    shutdown_grace_s: float = field(default=120.0, metadata=EXTENDABLE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """MLflow tracking. ``uri`` None means ``$MLFLOW_TRACKING_URI`` or else the embedded SQLite store in ``store``."""
 
@@ -212,5 +208,8 @@ class Config:
     objective: Any = None
     optimizer: OptimizerChoice = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=DeepSpeedConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    launcher: LauncherConfig = field(default_factory=LocalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

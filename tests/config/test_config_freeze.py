@@ -226,7 +226,6 @@ def test_choosing_the_same_engine_again_takes_its_shipped_values(frozen_hybrid: 
     [
         ("engine=megatorn", "engine", "did you mean engine=megatron? options: deepspeed, megatron"),
         ("engine=null", "engine", "options: deepspeed, megatron"),
-        ("launcher=local", "launcher", "start a new run"),  # launcher.name may not change
         ("engine={name: megatron, bucket_size: '${run.seed}'}", "engine", "write it out"),
         ("engine={name: megatron, zero_stage: 1}", "engine.zero_stage", "zero_stage belongs to engine deepspeed"),
         ("engine.tensor_parallel=2", "engine.tensor_parallel", "belongs to engine megatron"),
