@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from support.small_text import prepare_small_text
 from support.worker_pool import WorkerPool
 
 # A shell that starts a job in the background makes it ignore SIGINT (and `nohup` SIGHUP), and every process of a test
@@ -33,3 +35,9 @@ def worker_pools() -> Iterator[Callable[..., WorkerPool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small data set of runs (:mod:`support.small_text`), prepared once for the whole session."""
+    return prepare_small_text(tmp_path_factory.mktemp("data") / "json")

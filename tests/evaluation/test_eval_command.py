@@ -141,7 +141,6 @@ def bits_per_byte(logits_of: Callable[[torch.Tensor], torch.Tensor], sources: di
 
 @torch.no_grad()
 def test_harness_on_a_checkpoint(trained: Outcome, sources: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
     out = tmp_path / "results.json"
     checkpoint = trained.path / "checkpoints" / "step_00000002"
     result = pretrain("eval", checkpoint, "--tasks", "own", "--include", tasks, "--out", out, cwd=tmp_path)
@@ -168,7 +167,6 @@ def test_harness_on_a_checkpoint(trained: Outcome, sources: dict[str, Path], tas
 def test_nothing_saved_is_overwritten(
     trained: Outcome, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
     before = read_records(trained.path / "metrics.jsonl")
     command = ["eval", trained.path, "--tasks", "own", "--include", tasks]
     for further in ([], ["--limit", "1"]):
@@ -197,7 +195,6 @@ def test_a_file_that_comes_up_meanwhile_is_kept(tmp_path: Path) -> None:
 def test_harness_on_an_imported_folder(
     sources: dict[str, Path], tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
     theirs = tiny("llama", vocab_size=VOCABULARY)
     theirs.save_pretrained(tmp_path / "hf")
     shutil.copyfile(sources["code"] / "tokenizer.json", tmp_path / "hf" / "tokenizer.json")

@@ -12,12 +12,9 @@ import torch
 from support.hybrid import hybrid
 
 from data_pipeline.prepare.tokenizer import train_byte_level_bpe
-from pretrain.parallel.layers import TorchLayers
-
-pytest.importorskip("lm_eval")
-
 from pretrain.commands.eval import figures
 from pretrain.evaluation.harness import HarnessLM, run_tasks
+from pretrain.parallel.layers import TorchLayers
 
 CORPUS = ["The quick brown fox jumps over the lazy dog. " * 3, "pack my box with five dozen liquor jugs\n" * 3]
 CHOICES = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from support.command import Outcome, pretrain, same_tensors
 from support.huggingface import SIZES, load_ours, our_logits, their_logits, tiny
+from support.small_text import VOCABULARY, small_run
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,21 +22,7 @@ from pretrain.config.freeze import load
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-VOCABULARY = 300
 LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text: the modules of one small package of the standard library."""
-    out = tmp_path_factory.mktemp("data") / "json"
-    source = Path(sysconfig.get_path("stdlib")) / "json"
-    result = pretrain(
-        "data", "prepare", "text", source, out, "--pattern", "*.py", "--vocab-size", VOCABULARY,
-        "--validation-fraction", "0.2", "--workers", "1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return out
 
 
 def run(path: Path, data_path: Path, *arguments: Any) -> Any:
@@ -44,11 +30,7 @@ def run(path: Path, data_path: Path, *arguments: Any) -> Any:
         "run",
         "--run-dir",
         path,
-        "experiment=tiny",
-        f"data.path={data_path}",
-        f"data.sequence_length={LENGTH}",
-        f"model.vocab_size={VOCABULARY}",  # the experiment sets another
-        "data.num_lanes=2",
+        *small_run(data_path, LENGTH),
         *arguments,
         cwd=path.parent,
     )

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.ssm import mamba_hybrid_layer_allocation as allocation
 
 from pretrain.models.hybrid.pattern import LayerRatios, largest_remainder, spread_layers
 
@@ -116,7 +117,6 @@ def ours(total: int, attention: int, mlp: int) -> str:
 
 
 def test_the_rule_is_megatrons_in_exact_arithmetic():
-    allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
     for total, attention, mlp in grid():
         shares = Fraction(attention, total), Fraction(mlp, total)
         theirs = "".join(allocation._allocate_auto(Exact(total), *shares))
@@ -124,7 +124,6 @@ def test_the_rule_is_megatrons_in_exact_arithmetic():
 
 
 def test_megatrons_own_floats_differ_only_where_a_half_is_rounded():
-    allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
     differ = 0
     for total, attention, mlp in grid():
         theirs = "".join(allocation.allocate_layers(total, attention / total, mlp / total))
@@ -140,7 +139,6 @@ def test_megatrons_own_floats_differ_only_where_a_half_is_rounded():
 @pytest.mark.parametrize(("attention", "mlp"), [(0.08, 0.5), (0.07, 0.5), (0.1, 0.3), (0.25, 0.25), (0.0, 0.5)])
 @pytest.mark.parametrize("total", [24, 40, 48, 56, 64])
 def test_common_ratios_give_megatrons_pattern(total, attention, mlp):
-    allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
     theirs = "".join(allocation.allocate_layers(total, attention, mlp))
     shares = {"mamba2": round(1 - attention - mlp, 6), "attention": attention, "mlp": mlp}
     pattern = ratios(total, **shares).pattern(SYMBOLS)
