@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.packed import documents
 from torch import Tensor
 
 from pretrain.ops import selective_scan_kernel
@@ -28,14 +29,6 @@ def make_inputs(L: int, B: int, inner: int, N: int, dtype: torch.dtype = torch.f
     tensors = [normal(L, B, inner), normal(L, B, inner) - 1, A, normal(L, B, N), normal(L, B, N), normal(inner)]
     tensors += [normal(L, B, inner), normal(inner), normal(B, inner, N)]
     return [t.to(dtype).requires_grad_() for t in tensors]
-
-
-def documents(L: int, B: int, seed: int = 0) -> Tensor:
-    """Random documents in order, padding at the end of the last row."""
-    g = torch.Generator().manual_seed(seed)
-    seq_idx = torch.randint(0, 4, (L, B), generator=g).sort(0)[0]
-    seq_idx[L - L // 5 :, -1] = -1
-    return seq_idx
 
 
 def outputs_and_gradients(function, inputs: list[Tensor], seq_idx: Tensor | None, **kwargs) -> list[Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.packed import documents
 from torch import Tensor
 
 from pretrain.ops import ssd_kernel
@@ -27,14 +28,6 @@ def make_inputs(
     A = -torch.rand(H, generator=g, dtype=torch.float64) * 4 - 0.1
     tensors = [normal(L, B, H, P), dt, A, normal(L, B, G, N), normal(L, B, G, N), normal(H), normal(B, H, P, N)]
     return [t.to(dtype).requires_grad_() for t in tensors]
-
-
-def documents(L: int, B: int, seed: int = 0) -> Tensor:
-    """Random documents in order, padding at the end of the last row."""
-    g = torch.Generator().manual_seed(seed)
-    seq_idx = torch.randint(0, 4, (L, B), generator=g).sort(0)[0]
-    seq_idx[L - L // 5 :, -1] = -1
-    return seq_idx
 
 
 def outputs_and_gradients(function, inputs: list[Tensor], seq_idx: Tensor | None, **kwargs) -> list[Tensor]:
