@@ -157,7 +157,7 @@ def _rank(rank: int, port: int, folder: Path, arguments: dict[str, Any], results
         config=config,
         engine=build_engine(config, torch.device("cpu")),
         objective=NextTokenConfig().build(),
-        open_stream=lambda first_step: _RandomTokens(rank),
+        open_stream=lambda first_batch, skipped: _RandomTokens(rank),
         state=TrainState(),
         stop=StopRequest(),
         callbacks=[turns, checkpoints],

@@ -221,7 +221,7 @@ class _Comparison:
             config=self.config,
             engine=DeepSpeedEngine(self._model(), self.config, self.bare.device),
             objective=self.objective,
-            open_stream=self._stream,
+            open_stream=lambda first, skipped: self._stream(first),
             state=TrainState(),
             stop=StopRequest(),
             callbacks=[MetricsCallback(log), Turns()],

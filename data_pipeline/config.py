@@ -67,6 +67,11 @@ class TextDataConfig(TextFields):
         """The dataset's manifest, as of ``edition``; raises ValueError when ``path`` holds no such one."""
         return load_text(self.path, self.fetch, self.edition)
 
+    def manifests(self) -> dict[str, Manifest]:
+        """The dataset with everything that is appended to the order, by the name of :meth:`datasets`; raises as
+        :meth:`manifest`."""
+        return {"text": load_text(self.path, self.fetch, self.appended[-1].edition if self.appended else self.edition)}
+
     @property
     def fingerprint(self) -> str:
         """Digest of the dataset's manifest; raises ValueError when ``path`` holds no sound dataset."""

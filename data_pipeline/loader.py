@@ -6,10 +6,12 @@ waits on a bounded queue and never polls, so it takes no cycles from the trainin
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ _PREFETCHED_GROUPS = 2
 _GROUP_SECONDS = 0.016
 _LARGEST_GROUP = 64
 _LARGEST_GROUP_ROWS = 4096
+_ASK_INTERVAL_S = 0.2
+_STUCK_AFTER_S = 1.0
 MicroBatches = list[dict[str, np.ndarray]]
 
 
@@ -101,8 +105,10 @@ class StepLoader:
 
     An endless source gives an endless loader. A finite one ends after ``ceil(num_samples / global_batch)``
     steps; the rows past its end are padding with no target, so that every rank sees the same number of
-    equal-shaped micro-batches. An error in the thread is raised in the consumer, at the step that it belongs
-    to and at every call after. With ``lean`` text comes as lean batches (:mod:`data_pipeline.batch`).
+    equal-shaped micro-batches. An error in the thread is raised in the consumer, at the step that it belongs to and
+    at every call after. Steps in ``skip`` are left out, and not read. With ``lean`` text comes as lean batches
+    (:mod:`data_pipeline.batch`). ``while_waiting`` is called several times a second while a step is waited for;
+    what it raises ends the wait.
 
     Raises ValueError when ``global_batch`` is not a multiple of ``micro_batch * dp_size``.
     """
@@ -116,6 +122,8 @@ class StepLoader:
         dp_size: int,
         start_step: int = 0,
         lean: bool = False,
+        while_waiting: Callable[[], None] | None = None,
+        skip: Collection[int] = (),
     ) -> None:
         if min(global_batch, micro_batch, dp_size) < 1 or global_batch % (micro_batch * dp_size):
             raise ValueError(
@@ -126,6 +134,7 @@ class StepLoader:
             raise ValueError(f"data-parallel rank {dp_rank} is outside the {dp_size} ranks")
         self.step = start_step
         self._source = source
+        self._skip = frozenset(skip)
         self._lean = lean
         # Steps past the end of a finite source are padded one by one.
         own_rows = max(1, global_batch // dp_size)
@@ -135,7 +144,10 @@ class StepLoader:
         self._layout = (global_batch, micro_batch, dp_rank, dp_size)
         self._queue: queue.Queue[list[MicroBatches | _Failure | _End]] = queue.Queue(_PREFETCHED_GROUPS)
         self._group: Iterator[MicroBatches | _Failure | _End] = iter(())
+        self._while_waiting = while_waiting
+        self._gave_up = False
         self._stopping = threading.Event()
+        self._made = start_step  # steps put into the queue
         self._last: _Failure | _End | None = None
         self._thread = threading.Thread(target=self._produce, args=(start_step,), name="data-prefetch", daemon=True)
         self._thread.start()
@@ -151,15 +163,23 @@ class StepLoader:
         if isinstance(item, _End):
             self._last = item
             raise StopIteration
-        self.step += 1
+        self.step = self._steps_from(self.step, 1)[0] + 1
         return item
+
+    @property
+    def ready_steps(self) -> int:
+        """Steps that lie ready, made ahead and not yet handed out; may be asked from any thread."""
+        return max(0, self._made - self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """All the state there is: samples handed out, and whose order they count in. The same on every rank."""
         return loader_state(self._source, self.step * self._layout[0])
 
     def close(self) -> None:
-        """Stop the thread and wait for it. The source stays open. Iterating afterwards ends at once."""
+        """Stop the thread and wait for it. The source stays open. Iterating afterwards ends at once.
+
+        After a wait that was given up the thread may be stuck in its source for ever, and is left behind.
+        """
         self._stopping.set()
         # The thread may be blocked on a full queue; emptied once, the queue has room for all that it can
         # still put.
@@ -168,7 +188,7 @@ class StepLoader:
                 self._queue.get_nowait()
             except queue.Empty:
                 break
-        self._thread.join()
+        self._thread.join(_STUCK_AFTER_S if self._gave_up else None)
         self._group = iter(())
         if not isinstance(self._last, _Failure):
             self._last = _End()
@@ -182,9 +202,21 @@ class StepLoader:
     def _next_item(self) -> MicroBatches | _Failure | _End:
         item = next(self._group, None)
         if item is None:
-            self._group = iter(self._queue.get())
+            self._group = iter(self._wait())
             item = next(self._group)
         return item
+
+    def _wait(self) -> list[MicroBatches | _Failure | _End]:
+        if self._while_waiting is None:
+            return self._queue.get()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=_ASK_INTERVAL_S)
+            try:
+                self._while_waiting()
+            except BaseException:
+                self._gave_up = True
+                raise
 
     def _produce(self, step: int) -> None:
         """Put groups of steps: the first alone, so that nothing waits for a group to fill, then as fast steps allow."""
@@ -192,12 +224,13 @@ class StepLoader:
             num_samples = self._source.num_samples
             size = 1
             while not self._stopping.is_set():
-                if num_samples is not None and step * self._layout[0] >= num_samples:
+                steps = self._steps_from(step, size)
+                if num_samples is not None and steps[0] * self._layout[0] >= num_samples:
                     self._queue.put([_End()])
                     return
                 started = time.perf_counter()
                 try:
-                    group = self._group_of(step, size)
+                    group = self._group_of(steps)
                 except Exception as error:
                     if size == 1 or isinstance(error, OSError):  # what cannot be fetched was tried for long enough
                         raise
@@ -205,7 +238,8 @@ class StepLoader:
                     continue
                 seconds = time.perf_counter() - started
                 self._queue.put(group)
-                step += size
+                step = steps[-1] + 1
+                self._made = step
                 if seconds < _GROUP_SECONDS / 2:
                     size = min(2 * size, self._largest_group)
                 elif seconds > 2 * _GROUP_SECONDS:
@@ -213,11 +247,15 @@ class StepLoader:
         except BaseException as error:  # handed over whole: the consumer decides
             self._queue.put([_Failure(error)])
 
-    def _group_of(self, first: int, size: int) -> list[MicroBatches | _Failure | _End]:
-        """Steps ``first`` up to ``first + size``; where the source is lean, all their rows are read at once."""
-        ranges = [micro_batch_indices(step, *self._layout) for step in range(first, first + size)]
+    def _steps_from(self, first: int, size: int) -> list[int]:
+        """``size`` steps from ``first`` on, without those to skip."""
+        return list(itertools.islice((step for step in itertools.count(first) if step not in self._skip), size))
+
+    def _group_of(self, steps: list[int]) -> list[MicroBatches | _Failure | _End]:
+        """These steps; where the source is lean, all their rows are read at once."""
+        ranges = [micro_batch_indices(step, *self._layout) for step in steps]
         read_lean = getattr(self._source, "lean", None)
-        if size == 1 or read_lean is None:
+        if len(steps) == 1 or read_lean is None:
             num_samples = self._source.num_samples
             return [[step_rows(self._source, rows, num_samples, self._lean) for rows in step] for step in ranges]
         micro_batches = [rows for step in ranges for rows in step]

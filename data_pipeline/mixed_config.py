@@ -180,6 +180,12 @@ class MixedTextConfig(TextFields):
             tokenizer_path=tokenizer_path_of(manifests[names[0]], self.fetch),
         )
 
+    def manifests(self) -> dict[str, Manifest]:
+        """The datasets by the names of their sources, each with everything that is appended to the order; raises
+        ValueError when a path holds no sound dataset."""
+        editions = {**self.editions, **{item.source: item.edition for item in self.appended}}
+        return {name: load_text(path, self.fetch, editions.get(name)) for name, path in self.sources.items()}
+
     def timeline(self) -> list[list[Any]]:
         """What changes the order, as [from_sample, what], in the order of samples."""
         events: list[list[Any]] = [[phase.from_sample, dict(sorted(phase.weights.items()))] for phase in self._phases()]

@@ -16,6 +16,11 @@ class ExitCode(IntEnum):
     INVALID_INPUT = 2
     RUN_DIRECTORY_REFUSED = 3
     CORRUPTED_CHECKPOINT = 4
+    NONFINITE = 5
+    DATA_FAULT = 6
+    DEVICE_MEMORY = 7
+    HOST_MEMORY = 8
+    NODE_FAULT = 9
     RESUMABLE = 85
 
 
@@ -25,6 +30,11 @@ _MEANINGS = {
     ExitCode.INVALID_INPUT: "invalid configuration or input",
     ExitCode.RUN_DIRECTORY_REFUSED: "run directory refused (other configuration, or held by another writer)",
     ExitCode.CORRUPTED_CHECKPOINT: "corrupted checkpoint",
+    ExitCode.NONFINITE: "bad numbers: loss or gradient is not finite, or the loss spiked",
+    ExitCode.DATA_FAULT: "damaged or unreachable data",
+    ExitCode.DEVICE_MEMORY: "out of device memory",
+    ExitCode.HOST_MEMORY: "out of host memory",
+    ExitCode.NODE_FAULT: "a device or the node's communication failed",
     ExitCode.RESUMABLE: "interrupted, saved, resumable",
 }
 

@@ -42,7 +42,10 @@ class FencedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lease. Times in unix seconds; ``machine`` and ``process_start`` unmask reused pids."""
+    """Who holds the lease. Times in unix seconds; ``machine`` and ``process_start`` unmask reused pids.
+
+    ``job`` is the batch job that the holder is part of, ``life`` how often that job had been queued again by then.
+    """
 
     attempt: int
     host: str
@@ -52,6 +55,8 @@ class Holder:
     acquired: float
     heartbeat: float
     released: bool = False
+    job: str | None = None
+    life: int = 0
 
 
 def _machine_identity() -> str:
@@ -131,9 +136,29 @@ def check_attempt(run: RunDir, attempt: int) -> None:
         )
 
 
-def _refuse_if_held(run: RunDir, holder: Holder, stale_after_s: float) -> None:
+def is_here(holder: Holder) -> bool:
+    """Whether the holder's pid is one of this machine's, so that the process can be looked at and be signalled."""
+    return holder.machine == _machine_identity()
+
+
+def shows_life(holder: Holder, stale_after_s: float = STALE_AFTER_S) -> bool:
+    """Whether the holder is at work, as far as can be seen from here.
+
+    On this machine its process is looked for, another machine's holder must have given a sign of life in the last
+    ``stale_after_s`` seconds.
+    """
+    if holder.released:
+        return False
+    if is_here(holder):
+        return _process_start(holder.pid) == holder.process_start
+    return time.time() - holder.heartbeat <= stale_after_s
+
+
+def _refuse_if_held(run: RunDir, holder: Holder, stale_after_s: float, job: str | None, life: int) -> None:
     if holder.released:
         return
+    if job is not None and holder.job == job and holder.life < life:
+        return  # Slurm runs a job once at a time: that life of it is over, whatever its lease still says
     age = time.time() - holder.heartbeat
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.acquired))
     who = f"{run.path}: held by process {holder.pid} on {holder.host} since {since} (attempt {holder.attempt})"
@@ -188,17 +213,24 @@ class Lease:
 
     @classmethod
     def acquire(
-        cls, run: RunDir, *, stale_after_s: float = STALE_AFTER_S, interval_s: float = HEARTBEAT_INTERVAL_S
+        cls,
+        run: RunDir,
+        *,
+        stale_after_s: float = STALE_AFTER_S,
+        interval_s: float = HEARTBEAT_INTERVAL_S,
+        job: str | None = None,
+        life: int = 0,
     ) -> Lease:
         """Takes the run directory for a new attempt.
 
         A holder that died on this machine is taken over at once, one on another machine when its last
-        heartbeat is older than ``stale_after_s`` seconds. Raises LeaseHeldError otherwise.
+        heartbeat is older than ``stale_after_s`` seconds, and an earlier ``life`` of the batch ``job`` that this
+        process is part of at once in any case. Raises LeaseHeldError otherwise.
         """
         while True:
             last = current_holder(run)
             if last is not None:
-                _refuse_if_held(run, last, stale_after_s)
+                _refuse_if_held(run, last, stale_after_s, job, life)
             now = time.time()
             start = _process_start(os.getpid())
             assert start is not None
@@ -210,6 +242,8 @@ class Lease:
                 process_start=start,
                 acquired=now,
                 heartbeat=now,
+                job=job,
+                life=life,
             )
             if _claim(run, holder):
                 atomic_write_text(run.lease_path, _to_text(holder))

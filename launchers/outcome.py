@@ -41,5 +41,20 @@ def record_failure(run: RunDir, attempt: int, rank: int, code: int, log_path: Pa
         log.write("failure", rank=rank, code=code, message=message)
 
 
+def tell_tracker(run: RunDir, timeout_s: float | None = None) -> bool:
+    """Status, restarts and exit class, which ranks cannot know, and all that ranks that were killed left unsent.
+
+    Takes at most ``timeout_s`` seconds (None: ``tracking.close_timeout_s``) and never raises; says so when MLflow could
+    not be told.
+    """
+    from launchers.lifecycle.attempt import say
+    from pretrain.tracking.sync import deliver
+
+    told = deliver(run.path, timeout_s)
+    if not told:
+        say(f"MLflow could not be told; later: pretrain tracking sync {run.path}")
+    return told
+
+
 def _log(run: RunDir, attempt: int) -> MetricsLog:
     return MetricsLog(run.metrics_path, attempt, fence=lambda: check_attempt(run, attempt))

@@ -104,6 +104,19 @@ class ProgressState:
             seconds += f" (training stood still for {record['stall_s']:.2f} s)"
         return f"{self._where(record)}  checkpoint saved{seconds}: {record.get('path', '')}"
 
+    def _on_health(self, record: Record) -> str:
+        first, last = record.get("sample_ids", ["?", "?"])
+        going = {
+            "skip": "left out",
+            "rollback": f"going back to step {record.get('to_step')} without batches {record.get('skipped')}",
+        }.get(record["action"], "stopping")
+        if "to_step" in record:
+            self.step = record["to_step"]
+        return (
+            f"{self._where(record)}  {record['kind']}: loss {record.get('loss')}, grad norm {record.get('grad_norm')}, "
+            f"samples {first}..{last}: {going}"
+        )
+
     def _on_sample(self, record: Record) -> str:
         return f"{self._where(record)}  sample: {record.get('prompt', '')!r} -> {record.get('text', '')!r}"
 

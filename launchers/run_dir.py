@@ -80,15 +80,54 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def lifecycle_path(self) -> Path:
+        """What happened to the run as a whole (:mod:`launchers.lifecycle.journal`)."""
+        return self.path / "lifecycle.jsonl"
+
+    @property
+    def cancel_path(self) -> Path:
+        """A user's wish that the run end (:mod:`launchers.lifecycle.cancellation`)."""
+        return self.path / "cancel.json"
+
+    @property
     def quarantine_path(self) -> Path:
         """What ranks found damaged in the data and substituted, a file per rank."""
         return self.path / "quarantine"
+
+    def system_metrics_path(self, attempt: int, node: int) -> Path:
+        """Samples of one node's CPU, memory, GPUs, network and disk, and of the data of its first rank."""
+        return self.path / "system" / f"attempt_{attempt:04d}" / f"node_{node:05d}.jsonl"
+
+    @property
+    def health_path(self) -> Path:
+        """Steps whose numbers were bad, a file per step (:mod:`pretrain.training.health_records`)."""
+        return self.path / "health"
 
     def attempt_path(self, attempt: int) -> Path:
         return self.logs_path / f"attempt_{attempt:04d}"
 
     def rank_log_path(self, attempt: int, rank: int) -> Path:
         return self.attempt_path(attempt) / f"rank_{rank:05d}.log"
+
+    def end_record_path(self, attempt: int, rank: int) -> Path:
+        """How a rank that could still write says it ended (:mod:`launchers.lifecycle.end_record`)."""
+        return self.attempt_path(attempt) / f"end_rank_{rank:05d}.json"
+
+    def heartbeats_path(self, attempt: int) -> Path:
+        """What ranks say of themselves, a file per rank (:mod:`launchers.heartbeat`)."""
+        return self.path / "heartbeats" / f"attempt_{attempt:04d}"
+
+    def stacks_path(self, attempt: int, rank: int) -> Path:
+        """Stacks of all threads of a rank, appended each time that it gets SIGQUIT."""
+        return self.attempt_path(attempt) / f"stacks_rank_{rank:05d}.txt"
+
+    def flight_path(self, attempt: int, rank: int) -> Path:
+        """The last collectives of a rank as torch's flight recorder kept them, written at SIGQUIT."""
+        return self.attempt_path(attempt) / f"flight_rank_{rank:05d}.json"
+
+    def hang_report_path(self, attempt: int) -> Path:
+        """The page that names who hangs where (:mod:`launchers.hang_report`)."""
+        return self.path / "reports" / f"hang_attempt_{attempt:04d}.md"
 
     def trace_path(self, attempt: int) -> Path:
         return self.path / "trace" / f"attempt_{attempt:04d}"

@@ -17,7 +17,12 @@ class Verb(NamedTuple):
 
 VERBS = {
     "run": Verb("pretrain.commands.run", "start a new run: compose, check, freeze, launch"),
+    "preflight": Verb("pretrain.commands.preflight", "check a run before it starts: data, disk, memory, time, cluster"),
     "resume": Verb("pretrain.commands.resume", "continue a run from its frozen configuration and last checkpoint"),
+    "runs": Verb("pretrain.commands.runs", "list runs: state, step, loss, speed, time to go, restarts"),
+    "status": Verb("pretrain.commands.status", "show one run: state, attempts, ranks, checkpoints, what to do next"),
+    "logs": Verb("pretrain.commands.logs", "print or follow a run's logs, over restarts"),
+    "cancel": Verb("pretrain.commands.cancel", "save and stop a run, or take it out of the queue"),
     "data": Verb("data_pipeline.cli", "prepare, inspect and verify data sets"),
     "config": Verb("pretrain.commands.config", "show or check a configuration without running it"),
     "model": Verb("pretrain.commands.model", "describe a model: layers, parameters, FLOPs and memory"),
@@ -27,9 +32,10 @@ VERBS = {
     "eval": Verb("pretrain.commands.eval", "run tasks of lm-evaluation-harness on a checkpoint"),
     "checkpoint": Verb("pretrain.commands.checkpoint", "list, inspect, verify or convert checkpoints"),
     "verify": Verb("pretrain.commands.verify", "prove that a run resumes exactly, or that layouts train alike"),
+    "replay": Verb("pretrain.commands.replay", "run one step of a run again and look into it: samples, gradients"),
     "report": Verb("pretrain.commands.report", "print the summary of a finished run"),
     "ui": Verb("pretrain.tracking.ui", "open the MLflow UI on the tracking store"),
-    "sync": Verb("pretrain.tracking.sync", "send a run's recorded metrics to MLflow after an outage"),
+    "tracking": Verb("pretrain.commands.tracking", "send a run's records to MLflow, or show what is not there yet"),
     "doctor": Verb("pretrain.doctor", "report what this machine offers and what is missing for what"),
 }
 

@@ -73,6 +73,10 @@ class _MediaFields:
         """The dataset's manifest, as of ``edition``; raises ValueError when ``path`` holds no such one."""
         return self._load(self.edition)
 
+    def manifests(self) -> dict[str, Manifest]:
+        """The dataset by the name of :meth:`datasets`; raises as :meth:`manifest`."""
+        return {self.kinds[0]: self.manifest()}
+
     def _load(self, edition: str | None) -> Manifest:
         from data_pipeline.fetch.storage import open_storage
         from data_pipeline.store.manifest import Manifest

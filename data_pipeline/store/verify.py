@@ -33,7 +33,7 @@ def find_damage(
     Raises ValueError or DamagedDataError only when the manifest itself cannot be used; FetchError, OSError.
     """
     manifest = location if isinstance(location, Manifest) else Manifest.load(location)
-    faults = [str(error) for error in _dataset_faults(manifest)]
+    faults = [str(error) for error in dataset_faults(manifest)]
     shards = [shard for split in manifest.content["splits"].values() for shard in split["shards"]]
     total, done = sum(shard["size"] for shard in shards), 0
     for shard, found in zip(shards, _map(manifest, shards, total, workers), strict=True):
@@ -62,7 +62,8 @@ def _shard_faults_at(folder: str, fingerprint: str, shard: dict[str, Any]) -> li
     return shard_faults(_manifest_at(folder, fingerprint), shard)
 
 
-def _dataset_faults(manifest: Manifest) -> Iterator[DamagedDataError]:
+def dataset_faults(manifest: Manifest) -> Iterator[DamagedDataError]:
+    """What is wrong with the manifest, its editions and the tokenizer; shards are not looked at."""
     if manifest.content.get("tokenizer") is not None:
         try:
             manifest.tokenizer_bytes()

@@ -25,6 +25,7 @@ from typing import Any
 
 import xxhash
 
+from pretrain.parallel.pulse import PULSE
 from pretrain.parallel.shard import Shard
 
 FORMAT = "pretrain-canonical"
@@ -200,6 +201,7 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as stream:
         while piece := stream.read(8 << 20):
             state.update(piece)
+            PULSE.tick()
     return str(state.hexdigest())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.manifest import FragmentEntry, tensor_key
+from pretrain.parallel.pulse import PULSE
 
 # https://huggingface.co/docs/safetensors: names of dtypes in the header.
 DTYPE_NAMES = {
@@ -105,6 +106,7 @@ def write_safetensors(
 def _put(stream: BinaryIO, state: Any, data: Any) -> None:
     stream.write(data)
     state.update(data)
+    PULSE.tick()
 
 
 def as_bytes(values: Tensor) -> Tensor:

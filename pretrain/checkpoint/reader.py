@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, FragmentEntry, Manifest, tensor_key
 from pretrain.checkpoint.rank_file import DTYPES
 from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
+from pretrain.parallel.pulse import PULSE
 from pretrain.parallel.shard import Shard
 
 
@@ -145,6 +146,7 @@ class CheckpointReader:
             raise CorruptCheckpointError(
                 f"{path}: {key} has {stored.numel()} elements, expected {fragment.stop - fragment.start}"
             )
+        PULSE.tick()
         return stored
 
 

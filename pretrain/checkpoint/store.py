@@ -91,7 +91,11 @@ class CheckpointStore:
             folder.mkdir(exist_ok=True)
             atomic_write_text(self.root / LATEST, checkpoint_name(after) + "\n")
             for path in later:
-                path.rename(folder / path.name)
+                target, number = folder / path.name, 1
+                while target.exists():  # an attempt may go back more than once
+                    number += 1
+                    target = folder / f"{path.name}_{number}"
+                path.rename(target)
             fsync_directory(self.root)
         scores = self.scores()
         if any(step > after for step in scores):

@@ -191,4 +191,6 @@ def _record(
     try:
         sync(run.path)
     except Exception as error:  # The figures are safe in the run's own record.
-        print(f"pretrain: MLflow could not be told ({error}); later: pretrain sync {run.path}", file=sys.stderr)
+        print(
+            f"pretrain: MLflow could not be told ({error}); later: pretrain tracking sync {run.path}", file=sys.stderr
+        )

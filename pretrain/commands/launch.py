@@ -1,4 +1,4 @@
-"""Starting an attempt on a run directory: launcher, progress, summary. Shared by ``run`` and ``resume``."""
+"""Starting a run on this machine: supervision, progress, summary. Shared by ``run`` and ``resume``."""
 
 from __future__ import annotations
 
@@ -9,50 +9,48 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launchers.lease import Lease
-    from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
 
 
 def launch_attempt(lease: Lease, config: Config, checkpoint: str | None = None) -> int:
-    """Launch the ranks of the attempt that ``lease`` holds and wait; prints the summary of a finished run.
+    """Launch the ranks of the attempt that ``lease`` holds, see to them until the run is over here.
 
-    Returns the ranks' exit code.
+    Attempts follow by themselves as the configuration has it. Prints the summary of a finished run; returns the ranks'
+    exit code.
     """
     from launchers.exit_codes import ExitCode
-    from launchers.local import launch
-    from launchers.outcome import record_end, record_failure
+    from launchers.lifecycle import cancellation
+    from launchers.lifecycle.supervise import Supervisor, default_program
+    from launchers.local import LocalBackend
+    from launchers.outcome import tell_tracker
     from launchers.progress import open_display
     from pretrain.checkpoint.store import CheckpointStore
 
     run = lease.run
-    run.record_attempt(lease.attempt, ["pretrain", *sys.argv[1:]])
+    cancellation.withdraw(run)  # a wish of before; whoever starts the run wants it
     print(f"run directory {shown(run.path)} (attempt {lease.attempt})", flush=True)
-    command = [sys.executable, "-m", "pretrain.training.entry", str(run.path)]
-    if checkpoint is not None:
-        command += ["--checkpoint", checkpoint]
-    code = launch(
+    outcome = Supervisor(
         run,
-        attempt=lease.attempt,
-        num_processes=config.launcher.num_processes,
-        threads_per_process=config.launcher.threads_per_process,
-        shutdown_grace_s=config.launcher.shutdown_grace_s,
-        command=command,
-        display=open_display(run, lease.attempt),
-        lost=lease.lost,
-        on_failure=lambda rank, code, log: record_failure(run, lease.attempt, rank, code, log),
-    )
-    # Ranks that were killed could not say so themselves: neither in the run's record nor to the tracker.
-    if not lease.lost.is_set() and record_end(run, lease.attempt, code) and config.tracking.enabled:
-        _sync(run)
-    if code == ExitCode.FINISHED:
+        LocalBackend(),
+        lease,
+        config,
+        program=default_program(run),
+        command=["pretrain", *sys.argv[1:]],
+        first_arguments=[] if checkpoint is None else ["--checkpoint", checkpoint],
+        open_display=open_display,
+        between_attempts=lambda: tell_tracker(run),
+    ).supervise()
+    if not outcome.fenced:
+        tell_tracker(run)
+    if outcome.code == ExitCode.FINISHED:
         from pretrain.commands.report import print_report
 
         print_report(run, config)
-    elif code == ExitCode.RESUMABLE:
+    elif outcome.code == ExitCode.RESUMABLE:
         saved = CheckpointStore(run.checkpoints_path).latest()
         where = f"with {saved.name} saved" if saved else "before the first checkpoint"
         print(f"Stopped {where}. Continue with: {program()} resume {shown(run.path)}")
-    return code
+    return outcome.code
 
 
 def program() -> str:
@@ -60,15 +58,6 @@ def program() -> str:
     import shutil
 
     return "pretrain" if shutil.which("pretrain") else shown(os.path.abspath(sys.argv[0]))
-
-
-def _sync(run: RunDir) -> None:
-    from pretrain.tracking.sync import sync
-
-    try:
-        sync(run.path)
-    except Exception as error:  # Tracking must not hide how the run ended.
-        print(f"pretrain: MLflow could not be told ({error}); later: pretrain sync {shown(run.path)}", file=sys.stderr)
 
 
 def shown(path: str | os.PathLike[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from pretrain.config.components import (
     add_import_paths,
     check_component,
 )
+from pretrain.config.ranges import out_of_range
 from pretrain.config.rules import run_rules
 from pretrain.config.schema import Config
 from pretrain.config.typecheck import (
@@ -27,6 +29,16 @@ from pretrain.config.typecheck import (
 from pretrain.config.violation import InvalidConfigError, Violation, did_you_mean
 
 
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a check found. Nodes of ``unusable`` hold values that mean nothing (``config`` has defaults or None there);
+    the other violations are of rules between values that are sound by themselves."""
+
+    config: Config
+    violations: tuple[Violation, ...]
+    unusable: frozenset[str]
+
+
 def check(tree: Mapping[str, Any], earlier: Sequence[Violation] = ()) -> Config:
     """Check the untyped ``tree`` (plain dicts, lists and scalars) and return it typed.
 
@@ -36,6 +48,14 @@ def check(tree: Mapping[str, Any], earlier: Sequence[Violation] = ()) -> Config:
     ``run.import_paths`` are put on ``sys.path``, because components may live there. Raises
     :class:`InvalidConfigError` with all violations.
     """
+    judgement = judge(tree, earlier)
+    if judgement.violations:
+        raise InvalidConfigError(judgement.violations)
+    return judgement.config
+
+
+def judge(tree: Mapping[str, Any], earlier: Sequence[Violation] = ()) -> Judgement:
+    """As :func:`check`, for those who can do something with the part of a faulty tree that is sound."""
     report = Report(violations=list(earlier), known_paths=frozenset(v.path for v in earlier))
     specs = dataclass_specs(Config)
     _check_top_level_keys(tree, [spec.name for spec in specs], report)
@@ -53,11 +73,13 @@ def check(tree: Mapping[str, Any], earlier: Sequence[Violation] = ()) -> Config:
         values[name] = check_component(node, name, report, suggest_place)
         if values[name] is not None:
             report.sound[name] = values[name]
+    alone = [*report.violations, *out_of_range(report.sound)]
     report.violations.extend(run_rules(report.sound))
-    if report.violations:
-        raise InvalidConfigError(report.violations)
-    assert all(value is not UNSOUND and value is not None for value in values.values())
-    return Config(**values)
+    usable = {name: value for name, value in values.items() if value is not UNSOUND and value is not None}
+    assert report.violations or len(usable) == len(specs)
+    faulty = {re.split(r"[.\[]", violation.path)[0] for violation in alone}
+    unusable = {spec.name for spec in specs} & (faulty | {spec.name for spec in specs if spec.name not in usable})
+    return Judgement(Config(**usable), tuple(report.violations), frozenset(unusable))
 
 
 def complete_tree(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pretrain.config.violation import InvalidConfigError, Violation, did_you_mea
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-PATH_FIELDS: Final = ("run.root", "run.import_paths", "train.init_from", "tracking.store")
+PATH_FIELDS: Final = ("run.root", "run.import_paths", "train.init_from", "tracking.store", "launcher.template")
 """Fields of the schema that hold file paths; components declare theirs in ``path_fields``."""
 
 PRIMARY: Final = "config"

@@ -87,6 +87,9 @@ RANGES: Final[dict[str, Range]] = {
     "health.skip_window": POSITIVE_COUNT,
     "health.max_events": COUNT,
     "tracking.flush_interval_s": POSITIVE,
+    "tracking.request_timeout_s": POSITIVE,
+    "tracking.close_timeout_s": POSITIVE,
+    "tracking.system_metrics_interval_s": Range(low=0),
 }
 """Keyed by path. ``engine.zero_stage`` is judged by its engine, which gives the reason."""
 

@@ -188,13 +188,22 @@ EngineConfig = DeepSpeedConfig | MegatronConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """MLflow tracking. ``uri`` None means ``$MLFLOW_TRACKING_URI`` or else the embedded SQLite store in ``store``."""
+    """MLflow tracking. ``uri`` None means ``$MLFLOW_TRACKING_URI`` or else the embedded SQLite store in ``store``.
+
+    What is new is sent every ``flush_interval_s`` seconds. A request without an answer is given up after
+    ``request_timeout_s`` and repeated later; at the end of an attempt at most ``close_timeout_s`` are spent on
+    sending the rest. Every node's CPU, memory, GPUs, network and disk are measured every
+    ``system_metrics_interval_s``, also where tracking is not enabled (0: never).
+    """
 
     enabled: bool = field(default=True, metadata=EXTENDABLE)
     uri: str | None = field(default=None, metadata=EXTENDABLE)
     store: str = field(default="mlruns", metadata=EXTENDABLE)
     experiment: str = "pretrain"
     flush_interval_s: float = field(default=10.0, metadata=EXTENDABLE)
+    request_timeout_s: float = field(default=60.0, metadata=EXTENDABLE)
+    close_timeout_s: float = field(default=30.0, metadata=EXTENDABLE)
+    system_metrics_interval_s: float = field(default=30.0, metadata=EXTENDABLE)
 
 
 @dataclass(frozen=True, kw_only=True)

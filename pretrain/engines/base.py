@@ -15,6 +15,8 @@ from pretrain.nn.auxiliary import LayerReport
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Callable[..., Tensor], Batch], Any]
+Accept = Callable[["StepResult"], bool]
+"""Whether the update of a step is to be made, from what is known of the step before it: the gate of ``train_step``."""
 
 
 @dataclass
@@ -47,10 +49,11 @@ class Engine(Protocol):
     ``module`` is the plain module for generation, or None where no rank holds the whole model. ``dp_rank`` and
     ``dp_size`` place this rank in the data-parallel group. Ranks that share a data-parallel index work on the same
     micro-batches; exactly one of them has ``is_data_leader`` set and answers for their sums. ``num_parameters`` counts
-    the whole model.
+    the whole model. ``parts`` are the modules of it that run on this rank.
     """
 
     module: nn.Module | None
+    parts: Sequence[nn.Module]
     device: torch.device
     dp_rank: int
     dp_size: int
@@ -58,13 +61,26 @@ class Engine(Protocol):
     num_parameters: int
 
     def train_step(
-        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
+        self,
+        microbatches: Sequence[Batch],
+        loss: LossFunction,
+        denominator: float,
+        learning_rate: float,
+        accept: Accept | None = None,
     ) -> StepResult:
         """Forward and backward of this rank's micro-batches, one optimizer step.
 
         The gradient is that of (sum of losses over all ranks and micro-batches) / ``denominator``, the global number
         of target tokens. ``loss_sum`` and ``metrics`` of a rank that is no data leader are 0.
+
+        ``accept`` is called once, on every rank, with the result (``seconds`` still empty) when the global gradient
+        norm is known and nothing has changed yet; all ranks must answer alike. After False the step leaves no trace:
+        weights, buffers, optimizer state and its step count are those from before. Without it every update is made.
         """
+        ...
+
+    def gradients(self) -> Iterator[Fragment]:
+        """This rank's share of the step's gradient before clipping, slot ``gradient``; only while ``accept`` runs."""
         ...
 
     def eval_step(self, batch: Batch, loss: LossFunction) -> EvalResult:

@@ -12,8 +12,10 @@ from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.schema import Config, DeepSpeedConfig
 from pretrain.engines.activation_checkpointing import set_activation_checkpointing
-from pretrain.engines.base import Batch, EvalResult, LossFunction, StepResult
+from pretrain.engines.base import Accept, Batch, EvalResult, LossFunction, StepResult
+from pretrain.engines.buffer_copies import BufferCopies
 from pretrain.engines.clock import Clock
+from pretrain.engines.deepspeed_gate import step_gate
 from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
@@ -23,6 +25,7 @@ from pretrain.nn.auxiliary import AuxiliaryLosses
 from pretrain.optim.build import build_optimizer
 from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 from pretrain.parallel.process import gather_objects
+from pretrain.parallel.pulse import PULSE
 
 
 class DeepSpeedEngine:
@@ -57,6 +60,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._model: nn.Module = self._engine.module
+        self.parts: Sequence[nn.Module] = [self._model]
         self._stage = config.engine.zero_stage
         self.module = None if self._stage == 3 else self._model
         self._clip_norm = config.train.clip_grad_norm
@@ -64,14 +68,21 @@ class DeepSpeedEngine:
         self._auxiliary = AuxiliaryLosses([self._model], gather_objects)
         self._state = DeepSpeedState(self._engine, self._stage, self.dp_rank, self.dp_size)
         self._state.attach_muon(device)
+        self._gate = step_gate(self._engine, self._stage)
         if is_bf16:
             self._state.set_masters(masters)
         self._refresh()
 
     def train_step(
-        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
+        self,
+        microbatches: Sequence[Batch],
+        loss: LossFunction,
+        denominator: float,
+        learning_rate: float,
+        accept: Accept | None = None,
     ) -> StepResult:
         engine = self._engine
+        buffers = BufferCopies([self._model]) if accept is not None else None
         self._model.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -93,27 +104,23 @@ class DeepSpeedEngine:
                 metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach()
             if index != last:
                 engine.step()
-        grad_norm = self._clip() if self._stage == 0 else None
-        engine.step()
+        result = StepResult(
+            loss_sum=float(loss_sum),
+            grad_norm=math.nan,  # known below
+            metrics={name: float(value) for name, value in metrics.items()},
+            layers=self._auxiliary.report(),
+        )
+        PULSE.enter("optimizer")
+        if not self._gate.step(result, accept, self._clip_norm or math.inf):
+            assert buffers is not None
+            buffers.restore()
         self._refresh()
-        if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
         # As in torch's DistributedDataParallel, running statistics are those of rank 0: one copy is the state.
         for _, buffer in canonical_buffers(self._model):
             torch.distributed.broadcast(buffer, 0)
         clock.lap("optimizer")
-        return StepResult(
-            loss_sum=float(loss_sum),
-            grad_norm=grad_norm,
-            metrics={name: float(value) for name, value in metrics.items()},
-            seconds=clock.seconds(),
-            layers=self._auxiliary.report(),
-        )
-
-    def _clip(self) -> float:
-        """Clip by the global norm at stage 0: gradients are whole on every rank and DeepSpeed keeps no norm there."""
-        trained = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
-        return float(nn.utils.clip_grad_norm_(trained, self._clip_norm or math.inf))
+        result.seconds = clock.seconds()
+        return result
 
     @torch.no_grad()
     def eval_step(self, batch: Batch, loss: LossFunction) -> EvalResult:
@@ -124,6 +131,9 @@ class DeepSpeedEngine:
 
     def export_state(self) -> Iterator[Fragment]:
         return self._state.export()
+
+    def gradients(self) -> Iterator[Fragment]:
+        return self._state.gradients()
 
     def scalar_state(self) -> dict[str, float]:
         return self._state.scalars()

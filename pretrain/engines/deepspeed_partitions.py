@@ -9,7 +9,7 @@ lies in the same places, on the host. All this is private to DeepSpeed, so every
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,10 @@ class LocalShare:
     offset: int
 
 
+Gradients = Callable[[CanonicalParameter, LocalShare], Tensor]
+"""Flat gradient of what this rank owns of a trained parameter."""
+
+
 class Partitions(Protocol):
     """This rank's shares. ``optimizer`` is torch's own, inside DeepSpeed's."""
 
@@ -43,6 +47,10 @@ class Partitions(Protocol):
 
     def state_keys(self) -> Iterator[Tensor]:
         """Every tensor that the optimizer steps on this rank."""
+        ...
+
+    def gradients(self) -> Gradients:
+        """Reads the gradient of shares between the last backward pass of a step and its update."""
         ...
 
 
@@ -85,11 +93,19 @@ class _Replicated:
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
+    def gradients(self) -> Gradients:
+        def read(parameter: CanonicalParameter, share: LocalShare) -> Tensor:
+            gradient = parameter.tensor.grad
+            return torch.zeros_like(share.master) if gradient is None else gradient.detach().view(-1)
+
+        return read
+
 
 class _FlatGroups:
     """Stages 1 and 2."""
 
     def __init__(self, zero: Any) -> None:
+        self._zero = zero
         self.optimizer: torch.optim.Optimizer = attribute(zero, "optimizer")
         # The second name is that of the bf16 optimizer of stage 1.
         self._flat: list[Tensor] = list(
@@ -108,11 +124,20 @@ class _FlatGroups:
     def state_keys(self) -> Iterator[Tensor]:
         yield from self._flat
 
+    def gradients(self) -> Gradients:
+        if hasattr(self._zero, "fp32_groups_gradient_flat_partition"):  # the bf16 optimizer
+            flat = list(self._zero.fp32_groups_gradient_flat_partition)
+        else:
+            flat = _flat_gradients(self._zero, self._flat)
+        by_key = {id(key): gradient for key, gradient in zip(self._flat, flat, strict=True)}
+        return lambda _, share: by_key[id(share.state_key)].narrow(0, share.offset, share.master.numel())
+
 
 class ShardedParameters:
     """Stage 3, where weights are in pieces too."""
 
     def __init__(self, zero: Any, dp_rank: int) -> None:
+        self._zero = zero
         self.optimizer: torch.optim.Optimizer = attribute(zero, "optimizer")
         self._dp_rank = dp_rank
         self._flat: list[Tensor] = attribute(zero, "fp32_partitioned_groups_flat")
@@ -131,6 +156,10 @@ class ShardedParameters:
 
     def state_keys(self) -> Iterator[Tensor]:
         yield from self._flat
+
+    def gradients(self) -> Gradients:
+        by_key = {id(key): g for key, g in zip(self._flat, _flat_gradients(self._zero, self._flat), strict=True)}
+        return lambda _, share: by_key[id(share.state_key)].narrow(0, share.offset, share.master.numel())
 
     def weight(self, parameter: CanonicalParameter) -> tuple[int, Tensor]:
         """First flat element and values of this rank's piece of the weight itself, without padding."""
@@ -151,3 +180,15 @@ class ShardedParameters:
         """Start of this rank's piece of ``length`` and how much of it is no padding."""
         start = self._dp_rank * length
         return start, max(0, min(length, attribute(parameter.tensor, "ds_numel") - start))
+
+
+def _flat_gradients(zero: Any, masters: list[Tensor]) -> list[Tensor]:
+    """Gradients of this rank's flat masters, in their order: lists of pieces, or with offloaded state on the host."""
+    flat = []
+    for number, master in enumerate(masters):
+        if master.grad is not None:  # offloaded: gathered there during the backward passes
+            flat.append(master.grad.detach().view(-1))
+            continue
+        pieces = attribute(zero, "averaged_gradients")[number]
+        flat.append(torch.cat([piece.detach().reshape(-1) for piece in pieces]))
+    return flat

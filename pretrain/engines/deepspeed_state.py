@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, check_model, load_weights
 from pretrain.engines.deepspeed_partitions import LocalShare, ShardedParameters, partitions
-from pretrain.engines.flat_state import STEP, cut, flat_slots, paste, start_state, step_count
+from pretrain.engines.flat_state import GRADIENT, STEP, cut, flat_slots, forget_state, paste, start_state, step_count
 from pretrain.optim.build import muon_parameters
 from pretrain.optim.exchange import Share
 from pretrain.optim.muon import MuonAdamW
@@ -53,6 +53,16 @@ class DeepSpeedState:
                 shape = tuple(buffer.shape)
                 yield Fragment(name, "buffer", shape, 0, buffer.reshape(-1), Shard.whole(shape))
 
+    def gradients(self) -> Iterator[Fragment]:
+        """This rank's share of the gradient, between the last backward pass of a step and its update."""
+        read = self._partitions.gradients()
+        for parameter in canonical_parameters(self._module):
+            share = self._partitions.share(parameter) if parameter.tensor.requires_grad else None
+            if share is not None:
+                values = read(parameter, share)
+                place = self._dealt(values) if self._stage == 0 else (share.start, values)
+                yield from cut(parameter, GRADIENT, *place)
+
     def scalars(self) -> dict[str, float]:
         """The optimizer's step count, 0 before the first step."""
         return step_count(self._partitions.optimizer.state.values())
@@ -73,6 +83,8 @@ class DeepSpeedState:
             # Padding included, of which a rank may have nothing else.
             for key in self._partitions.state_keys():
                 start_state(self._partitions.optimizer, key, scalars[STEP])
+        else:
+            forget_state(parts.optimizer)
         for parameter in canonical_parameters(self._module):
             if not parameter.tensor.requires_grad:
                 if isinstance(parts, ShardedParameters):

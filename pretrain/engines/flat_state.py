@@ -15,6 +15,8 @@ from pretrain.parallel.canonical import CanonicalParameter, Part, canonical_para
 
 STEP = "step"
 """Every state's count of steps; the others are flat."""
+GRADIENT = "gradient"
+"""Slot of fragments that hold a step's gradient; never part of a checkpoint."""
 
 
 def full_precision_values(model: nn.Module) -> dict[str, Tensor]:
@@ -35,6 +37,14 @@ def start_state(optimizer: torch.optim.Optimizer, key: Tensor, step: float) -> t
     for slot in slots:
         state[slot] = torch.zeros_like(key, memory_format=torch.preserve_format)
     return slots
+
+
+def forget_state(optimizer: torch.optim.Optimizer) -> None:
+    """Back to the state before the first step, of an optimizer that may have made some."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value):
+                value.zero_()
 
 
 def flat_slots(optimizer: torch.optim.Optimizer, key: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,8 @@ from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.layout import model_parallel_size
 from pretrain.config.schema import Config, MegatronConfig
 from pretrain.engines.activation_checkpointing import set_activation_checkpointing
-from pretrain.engines.base import Batch, EvalResult, LossFunction, StepResult
+from pretrain.engines.base import Accept, Batch, EvalResult, LossFunction, StepResult
+from pretrain.engines.buffer_copies import BufferCopies
 from pretrain.engines.clock import Clock
 from pretrain.engines.flat_state import full_precision_values
 from pretrain.engines.megatron_chunk import PipelineChunk, StageModel, StageOutput, zero_tokens
@@ -35,6 +36,7 @@ from pretrain.parallel.canonical import canonical_buffers, canonical_parameters
 from pretrain.parallel.megatron_groups import start_model_parallel
 from pretrain.parallel.megatron_import import import_megatron
 from pretrain.parallel.process import all_reduce_floats, gather_objects
+from pretrain.parallel.pulse import PULSE
 from pretrain.parallel.stage import Stage
 
 BuildModel = Callable[[Any, Stage], nn.Module]
@@ -108,12 +110,19 @@ class MegatronEngine:
         self._fill = config.engine.pipeline_parallel if config.engine.virtual_pipeline > 1 else 1
         self._metric_names: dict[bool, list[str]] = {}  # by whether they are those of training
         self.module: nn.Module | None = modules[0] if model_parallel_size(config.engine) == 1 else None
+        self.parts: Sequence[nn.Module] = modules
         self._auxiliary = AuxiliaryLosses(modules, gather_objects)
         self.num_parameters = _count_parameters(modules, self.dp_rank, self._tp_rank)
 
     def train_step(
-        self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, learning_rate: float
+        self,
+        microbatches: Sequence[Batch],
+        loss: LossFunction,
+        denominator: float,
+        learning_rate: float,
+        accept: Accept | None = None,
     ) -> StepResult:
+        buffers = BufferCopies([chunk.module.module for chunk in self._chunks]) if accept is not None else None
         for group in self._param_groups():
             group["lr"] = learning_rate
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
@@ -126,17 +135,18 @@ class MegatronEngine:
         self._auxiliary.set_scale(1.0 / denominator)
         outputs = self._run(microbatches, loss, denominator, forward_only=False)
         clock.lap("forward_backward")
-        _, grad_norm, _ = self._optimizer.step()
+        PULSE.enter("optimizer")
+        loss_sum, metrics = self._sums(outputs, training=True)
+        result = StepResult(loss_sum, self._measure(), metrics, layers=self._auxiliary.report())
+        if accept is None or accept(result):
+            self._update(result.grad_norm)
+        else:
+            assert buffers is not None
+            buffers.restore()
         self._share_buffers()
         clock.lap("optimizer")
-        loss_sum, metrics = self._sums(outputs, training=True)
-        return StepResult(
-            loss_sum=loss_sum,
-            grad_norm=float(grad_norm),
-            metrics=metrics,
-            seconds=clock.seconds(),
-            layers=self._auxiliary.report(),
-        )
+        result.seconds = clock.seconds()
+        return result
 
     @torch.no_grad()
     def eval_step(self, batch: Batch, loss: LossFunction) -> EvalResult:
@@ -153,6 +163,9 @@ class MegatronEngine:
 
     def export_state(self) -> Iterator[Fragment]:
         return self._state.export()
+
+    def gradients(self) -> Iterator[Fragment]:
+        return self._state.gradients()
 
     def scalar_state(self) -> dict[str, float]:
         return self._state.scalars()
@@ -192,6 +205,23 @@ class MegatronEngine:
                 forward_only=forward_only,
             )
         )
+
+    def _measure(self) -> float:
+        """Global norm of the reduced gradients. With :meth:`_update` this is Megatron's ``optimizer.step()``."""
+        part = self._state.optimizer
+        if part.prepare_grads():
+            raise RuntimeError("Megatron-Core scaled the loss, which this engine does not ask for")
+        return float(part.get_grad_norm())
+
+    def _update(self, grad_norm: float) -> None:
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        part = self._state.optimizer
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(
+                parameters, part.config.clip_grad, grad_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            )
+        self._optimizer.step_with_ready_grads()
 
     def _sums(self, outputs: list[Any], *, training: bool) -> tuple[float, dict[str, float]]:
         """Sums of losses and metrics over micro-batches on the data leader; zeros under the same names elsewhere."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader, load_weights
-from pretrain.engines.flat_state import STEP, cut, flat_slots, paste, start_state, step_count
+from pretrain.engines.flat_state import GRADIENT, STEP, cut, flat_slots, forget_state, paste, start_state, step_count
 from pretrain.optim.build import muon_parameters
 from pretrain.optim.exchange import Share
 from pretrain.optim.muon import MuonAdamW
@@ -44,6 +44,8 @@ class MegatronState:
         optimizer: what ``get_megatron_optimizer`` returned.
         dp_rank, tp_rank: a replicated tensor is exported by the ranks with both 0.
 
+    ``optimizer`` is Megatron's own for all dense parameters.
+
     Raises:
         RuntimeError: the installed Megatron-Core keeps its state in a way this release does not know.
     """
@@ -53,11 +55,11 @@ class MegatronState:
         if len(parts) != 1:
             raise RuntimeError(f"expected one optimizer for dense parameters, found {len(parts)}")
         self._modules = modules
-        self._megatron = parts[0]
+        self.optimizer = parts[0]
         self._torch: torch.optim.Optimizer = parts[0].optimizer
         if not isinstance(self._torch, torch.optim.AdamW):
             raise RuntimeError(f"expected torch's AdamW inside Megatron's optimizer, found {type(self._torch)}")
-        self._is_sharded = hasattr(self._megatron, "model_param_group_index_map")
+        self._is_sharded = hasattr(self.optimizer, "model_param_group_index_map")
         self._dp_rank = dp_rank
         self._tp_rank = tp_rank
 
@@ -82,6 +84,15 @@ class MegatronState:
                     shape = tuple(buffer.shape)
                     yield Fragment(name, "buffer", shape, 0, buffer.reshape(-1), Shard.whole(shape))
 
+    def gradients(self) -> Iterator[Fragment]:
+        """This rank's share of the gradient, between Megatron's ``prepare_grads`` and the update."""
+        for parameter in self._parameters():
+            share = self._share(parameter) if parameter.tensor.requires_grad else None
+            if share is None or not self._is_owner(parameter) or (not self._is_sharded and self._dp_rank != 0):
+                continue
+            gradient = torch.zeros_like(share.key) if share.key.grad is None else share.key.grad
+            yield from cut(parameter, GRADIENT, share.start, gradient.detach().reshape(-1))
+
     def scalars(self) -> dict[str, float]:
         """The optimizer's step count, 0 before the first step."""
         return step_count(self._torch.state.values())
@@ -91,6 +102,8 @@ class MegatronState:
         """Fill weights, masters and moments; see :meth:`pretrain.engines.base.Engine.import_state`."""
         for module in self._modules:
             load_weights(module, reader, partial=len(self._modules) > 1 or self._is_stage(module))
+        if scalars[STEP] == 0:
+            forget_state(self._torch)
         for parameter in self._parameters():
             share = self._share(parameter) if parameter.tensor.requires_grad else None
             if share is None:
@@ -142,10 +155,10 @@ class MegatronState:
     def _share(self, parameter: CanonicalParameter) -> LocalShare | None:
         tensor = parameter.tensor
         if self._is_sharded:
-            place = self._megatron.model_param_group_index_map.get(tensor)
+            place = self.optimizer.model_param_group_index_map.get(tensor)
             if place is None:
                 return None
             group, order = place
-            span = self._megatron._get_model_param_range_map(tensor)["param"]
+            span = self.optimizer._get_model_param_range_map(tensor)["param"]
             return LocalShare(span.start, self._torch.param_groups[group]["params"][order])
         return LocalShare(0, getattr(tensor, "main_param", tensor))

@@ -42,8 +42,7 @@ class MetricsLog:
             fence()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            os.write(self._descriptor, b"\n")
+        self._torn = bool(size) and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
     def write(
         self, event: str, step: int | None = None, *, metrics: Mapping[str, Any] | None = None, **fields: Any
@@ -61,9 +60,14 @@ class MetricsLog:
         line = json.dumps(_encode(record), allow_nan=False, ensure_ascii=False).encode("utf-8") + b"\n"
         if self._fence is not None:
             self._fence()
+        # A line that a crash or a full disk cut short is closed, so that it takes no other with it.
+        if self._torn:
+            line = b"\n" + line
+        self._torn = True
         # One call a line, so that lines of two writers cannot mix and a crash tears at most the last one.
         while line:
             line = line[os.write(self._descriptor, line) :]
+        self._torn = False
         return record
 
     def close(self) -> None:
@@ -109,6 +113,9 @@ class MetricsTail:
             with open(self.path, "rb") as stream:
                 stream.seek(self.offset)
                 data = stream.read(limit_bytes)
+                # A line longer than the limit is read whole: it must not hold up those that follow.
+                if len(data) == limit_bytes and b"\n" not in data:
+                    data += stream.readline()
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
@@ -132,7 +139,8 @@ def effective_records(records: Iterable[Record]) -> list[Record]:
     """The run's history without steps that were rolled back.
 
     An attempt whose ``start`` record says step s continues from there, so records of earlier attempts about
-    steps after s are dropped (without ``start``: from its first step on). Of several records of one event
+    steps after s are dropped (without ``start``: from its first step on). So are those after the step to which an
+    attempt went back by itself (``to_step`` of a ``health`` record). Of several records of one event
     about one step, as of an evaluation repeated after a resume, the last counts.
     """
     kept: list[Record] = []
@@ -143,6 +151,8 @@ def effective_records(records: Iterable[Record]) -> list[Record]:
             attempt = record.get("attempt")
             last_valid = step if record["event"] == "start" else step - 1
             kept = [old for old in kept if old.get("step") is None or old["step"] <= last_valid]
+        if record["event"] == "health" and "to_step" in record:
+            kept = [old for old in kept if old.get("step", -1) <= record["to_step"] or old["event"] == "health"]
         kept.append(record)
     last_of: dict[tuple[str, int], int] = {
         (record["event"], record["step"]): index

@@ -6,23 +6,30 @@ Torch-free; MLflow itself is imported by :func:`import_client` alone.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.schema import TrackingConfig
+from pretrain.tracking.lock import sender_lock
+from pretrain.tracking.run_files import redact_url
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-# By MLflow's own defaults one call to a dead server blocks for minutes; we retry at the next flush instead.
+# By MLflow's own defaults one call to a dead server blocks for minutes, and a request that was answered too late is
+# repeated blindly. We try once, and again at a later flush, after a look at what has arrived.
 _SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+_ours: dict[str, str] = {}
+_opening = threading.Lock()
 
 
 def resolve_uri(tracking: TrackingConfig) -> str:
@@ -42,22 +49,39 @@ def embedded_folder(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
 
 
-def import_client(uri: str) -> MlflowClient:
+def import_client(uri: str, request_timeout_s: float = 60.0) -> MlflowClient:
     """Imports MLflow (seconds) and opens ``uri``; makes the folder and tables of an embedded store.
 
-    Raises what MLflow and the file system raise.
+    An unanswered request is given up after ``request_timeout_s``; what the user's environment says about MLflow comes
+    first. Raises what MLflow and the file system raise.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    with _opening:
+        for name, value in {**_SETTINGS, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(request_timeout_s))}.items():
+            if os.environ.get(name) in (None, _ours.get(name)):
+                os.environ[name] = _ours[name] = value
+        from mlflow.tracking import MlflowClient
+
+        # Table creation and every retry are announced line by line otherwise.
+        for name in ("mlflow", "mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        folder = embedded_folder(uri)
+        if folder is None:
+            return MlflowClient(tracking_uri=uri)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two runs that start at the same moment must not both make the tables.
+        with sender_lock(folder / ".opening.lock", timeout_s=120.0):
+            return MlflowClient(tracking_uri=uri)
+
+
+def run_link(uri: str, run_id: str | None, experiment_id: str | None) -> str:
+    """Where a person sees the run: its page on a server, or how to open the embedded store."""
+    uri = redact_url(uri)
     folder = embedded_folder(uri)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    from mlflow.tracking import MlflowClient
-
-    # Table creation and every retry are announced line by line otherwise.
-    for name in ("mlflow", "mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri)
+        return f"pretrain ui --store {folder}"
+    if not uri.startswith(("http://", "https://")) or run_id is None:
+        return uri
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def error_code(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pretrain.training.health import BadStep
     from pretrain.training.loop import Trainer
     from pretrain.training.state import StepRecord
 
@@ -35,6 +36,18 @@ class Callback:
 
     def after_validation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After every validation that ran to its end."""
+
+    def on_bad_step(self, trainer: Trainer, bad: BadStep) -> None:
+        """A step's update was dropped because of its numbers, before ``bad.action`` is carried out.
+
+        ``trainer.host_batches`` are this rank's micro-batches of it; no stream of data is open.
+        """
+
+    def before_rollback(self, trainer: Trainer) -> None:
+        """A checkpoint to go back to is about to be chosen: publish what is under way."""
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Engine, loop state and callbacks' states are those of an earlier checkpoint of this run again."""
 
     def on_common_failure(self, trainer: Trainer) -> None:
         """Training ends by a failure that every rank meets at the same step (a loss that is not finite)."""

@@ -11,6 +11,7 @@ from pretrain.checkpoint.rank_file import HostMemory
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.writer import Save, Saved
 from pretrain.parallel.process import gather_objects
+from pretrain.parallel.pulse import PULSE
 from pretrain.training.callback import Callback
 from pretrain.training.evaluate import evaluate
 from pretrain.training.loop import Trainer
@@ -88,14 +89,15 @@ class EvaluationCallback(Callback):
         step = trainer.state.step
         self._log.write("phase", name="validation", step=step)
         started = time.perf_counter()
-        metrics = evaluate(
-            trainer.engine,
-            trainer.objective,
-            self._source,
-            batch_size=trainer.config.train.micro_batch_size,
-            num_samples=num_samples,
-            stop=trainer.stop_agreed,
-        )
+        with PULSE.during("eval"):
+            metrics = evaluate(
+                trainer.engine,
+                trainer.objective,
+                self._source,
+                batch_size=trainer.config.train.micro_batch_size,
+                num_samples=num_samples,
+                stop=trainer.stop,
+            )
         if metrics is not None:
             seconds = round(time.perf_counter() - started, 3)
             self._log.write("eval", step=step, metrics=metrics, seconds=seconds)
@@ -137,6 +139,9 @@ class CheckpointCallback(Callback):
     def on_start(self, trainer: Trainer) -> None:
         # A run that starts from a checkpoint need not save the same state again.
         self._saved_step = trainer.state.step
+        # A policy that goes back needs a state to go back to from the first step on.
+        if trainer.health.may_roll_back and not gather_objects(self._store.steps())[0]:
+            self.save(trainer, behind=False)
 
     def background_done(self) -> bool:
         return self._pending is not None and self._pending.save.ready()
@@ -154,6 +159,12 @@ class CheckpointCallback(Callback):
         if self._rank == 0:
             self._store.record_score(trainer.state.step, metrics["validation_loss"])
             self._prune(trainer)
+
+    def before_rollback(self, trainer: Trainer) -> None:
+        self.publish(trainer)
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.state.step
 
     def on_common_failure(self, trainer: Trainer) -> None:
         self.publish(trainer)
@@ -184,11 +195,12 @@ class CheckpointCallback(Callback):
             "optimizer_scalars": trainer.engine.scalar_state(),
             "callbacks": {callback.name: callback.state_dict() for callback in trainer.callbacks},
         }
-        if behind:
-            save.start(trainer.engine.export_state(), training, self._memory)
-            self._pending = _Pending(save, started, time.perf_counter() - started)
-        else:
-            self._record(trainer, save.write(trainer.engine.export_state(), training), started, started, 0.0)
+        with PULSE.during("save"):
+            if behind:
+                save.start(trainer.engine.export_state(), training, self._memory)
+                self._pending = _Pending(save, started, time.perf_counter() - started)
+            else:
+                self._record(trainer, save.write(trainer.engine.export_state(), training), started, started, 0.0)
         self._saved_step = save.step
 
     def publish(self, trainer: Trainer) -> None:
@@ -197,7 +209,8 @@ class CheckpointCallback(Callback):
             return
         pending, self._pending = self._pending, None
         resumed = time.perf_counter()
-        self._record(trainer, pending.save.finish(), pending.started, resumed, pending.stall_s)
+        with PULSE.during("save"):
+            self._record(trainer, pending.save.finish(), pending.started, resumed, pending.stall_s)
 
     def _record(self, trainer: Trainer, saved: Saved, started: float, resumed: float, stall_s: float) -> None:
         """One ``checkpoint`` event: seconds from the start to publication, and for how many of them training stood."""
@@ -251,5 +264,8 @@ class SamplingCallback(Callback):
         train, module = trainer.config.train, trainer.engine.module
         assert module is not None, "only an engine with a whole module samples"
         for prompt in train.sample_prompts:
+            if trainer.stop.requested:
+                return
+            PULSE.enter("sample")
             text = self._sampler.complete(module, prompt, train.sample_tokens, seed=trainer.config.run.seed)
             self._log.write("sample", step=trainer.state.step, prompt=prompt, text=text)

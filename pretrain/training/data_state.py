@@ -7,6 +7,7 @@ from typing import Any
 
 from data_pipeline.loader import check_loader_state, loader_state
 from data_pipeline.quarantine import read_quarantine
+from launchers.exit_codes import ExitCode
 from pretrain.training.callback import Callback
 from pretrain.training.callbacks import EventLog
 from pretrain.training.loop import CommonFailureError, Trainer
@@ -15,6 +16,8 @@ from pretrain.training.state import StepRecord
 
 class DamageBudgetError(CommonFailureError, ValueError):
     """More rows were substituted than the run may bear."""
+
+    exit_code = ExitCode.DATA_FAULT
 
 
 class DataCallback(Callback):
@@ -60,6 +63,9 @@ class DataCallback(Callback):
                 f"{self._budget}. What to do: restore the shards that {self._quarantine} names (pretrain data verify "
                 "tells what is wrong with them), or raise the budget: pretrain resume RUN data.damage_budget=..."
             )
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        self._samples = trainer.state.samples
 
     def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
         counters = self._source.counters() if hasattr(self._source, "counters") else {}

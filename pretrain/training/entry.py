@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launchers.exit_codes import ExitCode
-from pretrain.training.signals import StopRequest
+from pretrain.parallel.pulse import PULSE
+from pretrain.training.heartbeat import Heart, Place
+from pretrain.training.signals import StopRequest, StopRequestedError
 
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
     from pretrain.config.schema import Config
     from pretrain.parallel.process import ProcessEnvironment
     from pretrain.tracking.metrics_log import MetricsLog
+    from pretrain.training.health import HealthMonitor
 
 logger = logging.getLogger("pretrain")
 
@@ -38,19 +43,61 @@ def main(argv: list[str] | None = None) -> int:
     # Installed before the slow imports, so that a stop request during start-up is honoured at the first step boundary.
     stop = StopRequest()
     stop.install()
-    try:
-        return _start(arguments.run_dir, arguments.checkpoint, stop)
-    except Exception as error:
-        from pretrain.training.failure import exit_code_of
+    heart = _begin_to_tell(arguments.run_dir, stop)
+    # Late for the same reason. Before the work: a process out of memory may find no room to import.
+    from pretrain.training.failure import exit_code_of, record_end_of_rank
 
+    try:
+        code = _start(arguments.run_dir, arguments.checkpoint, stop, heart)
+        record_end_of_rank(arguments.run_dir, code)
+        return code
+    except Exception as error:
         code = exit_code_of(error)
+        if stop.requested and PULSE.phase == "start" and code in (ExitCode.FAILED, ExitCode.NODE_FAULT):
+            # Nothing has been trained: ranks may leave one by one, and one that loses a peer by it leaves as well.
+            logger.info("%s during start-up: %s", stop.signal_name, error)
+            code = ExitCode.RESUMABLE
+            record_end_of_rank(arguments.run_dir, code)
+            return code
+        record_end_of_rank(arguments.run_dir, code, error)
         if code == ExitCode.FAILED:
             traceback.print_exc()
         logger.error("%s", error)
         return code
+    finally:
+        if heart is not None:
+            heart.close()
 
 
-def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
+def _begin_to_tell(path: Path, stop: StopRequest) -> Heart | None:
+    """The heartbeat of this rank, from before the slow imports on; None when this process is no rank of a run."""
+    from launchers.run_dir import RunDir
+
+    place = Place.read(os.environ)
+    if place is None or not path.is_dir():
+        return None
+    heart = Heart(RunDir(path.absolute()), place, stop)
+    heart.start()
+    return heart
+
+
+def _is_stuck() -> bool:
+    """Whether a thread still waits for something that a stop request made nobody wait for any more."""
+    return any(thread.name in ("data-prefetch", "while-waiting") for thread in threading.enumerate())
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process also where a thread is stuck."""
+    if _is_stuck():
+        # The interpreter would wait for pools of such a thread for ever.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _start(path: Path, checkpoint: str | None, stop: StopRequest, heart: Heart | None) -> int:
     from launchers.run_dir import RunDir
     from pretrain.config.check import check
     from pretrain.parallel.process import ProcessEnvironment
@@ -59,6 +106,8 @@ def _start(path: Path, checkpoint: str | None, stop: StopRequest) -> int:
     run = RunDir.open(path)
     tree = run.config()
     config = check(tree)
+    if heart is not None:
+        heart.interval_s = config.lifecycle.heartbeat_interval_s
     _check_surroundings(run, config, env)
     return _Rank(run, tree, config, env, stop).train(checkpoint)
 
@@ -122,10 +171,10 @@ class _Rank:
         self.log: Any = None
         self.state: Any = None
         self.tracker: Any = None
+        self.monitor: Any = None
+        self.stream: Any = None
 
     def train(self, checkpoint: str | None) -> int:
-        import os
-
         import torch
 
         from launchers.lease import check_attempt
@@ -150,14 +199,21 @@ class _Rank:
             torch.get_num_threads(),
             torch.__version__,
         )
+        self._starting("joining the other ranks")
         join_process_group(self.env, device)
         try:
             self._open_log()
             self._phase("building model and engine")
+            self._starting("opening data")
             interrupted = self._train(device, checkpoint)
+        except StopRequestedError:
+            # Nothing has been trained and nothing is left to save: no need to wait for the others.
+            self._end("interrupted", self.stop.signal_name or "")
+            return ExitCode.RESUMABLE
         except BaseException as error:
             self._end("failed", f"{type(error).__name__}: {error}")
             raise
+        PULSE.enter("stop")
         torch.distributed.barrier()
         self._end("interrupted" if interrupted else "finished", self.stop.signal_name or "")
         torch.distributed.destroy_process_group()
@@ -181,6 +237,11 @@ class _Rank:
     def _phase(self, name: str) -> None:
         self.log.write("phase", name=name)
 
+    def _starting(self, what: str) -> None:
+        """The next part of start-up; raises StopRequestedError when this rank was asked to stop meanwhile."""
+        PULSE.enter("start", what)
+        self.stop.check()
+
     def _train(self, device: Any, checkpoint: str | None) -> bool:
         from data_pipeline.loader import StepLoader
         from pretrain.checkpoint.store import CheckpointStore
@@ -190,6 +251,7 @@ class _Rank:
         from pretrain.training.loop import Trainer
         from pretrain.training.report import write_report
         from pretrain.training.resume import resume
+        from pretrain.training.rollback import Rollback
 
         config = self.config
         if hasattr(config.data, "datasets"):
@@ -200,8 +262,10 @@ class _Rank:
             sources.train.bad_data.keep(self.run.quarantine_path, self.env.rank)
         # Early: its thread opens the store while this one imports the engine, and not during the first steps.
         self._start_tracker(sources)
+        self._starting("building model and engine")
         objective = build_component(config.objective)
         engine = build_engine(config, device)
+        self._starting("loading a checkpoint")
 
         store = CheckpointStore(self.run.checkpoints_path)
         if self.env.rank == 0:
@@ -210,21 +274,26 @@ class _Rank:
         self.state, callback_states = resume(store, checkpoint, config, engine, self.env)
         if config.train.init_from is not None and store.select(checkpoint) is None:
             self._phase("taking over initial weights")
+            self._starting("taking over initial weights")
             begin_with_weights(self.run, config, engine, self.env)
-        callbacks = self._callbacks(engine, store, sources)
+        health = self._health()
+        callbacks = self._callbacks(engine, store, sources, health)
         for callback in callbacks:
             callback.load_state_dict(callback_states.get(callback.name, {}))
 
-        def open_stream(first_step: int) -> StepLoader:
+        def open_stream(first_batch: int, skipped: frozenset[int]) -> StepLoader:
             train = config.train
-            return StepLoader(
+            self.stream = StepLoader(
                 sources.train,
                 global_batch=train.global_batch_size,
                 micro_batch=train.micro_batch_size,
                 dp_rank=engine.dp_rank,
                 dp_size=engine.dp_size,
-                start_step=first_step,
+                start_step=first_batch,
+                while_waiting=self.stop.check,
+                skip=skipped,
             )
+            return self.stream
 
         self.log.write(
             "start",
@@ -245,21 +314,46 @@ class _Rank:
             state=self.state,
             stop=self.stop,
             callbacks=callbacks,
+            health=health,
+            rollback=Rollback(store, self.env, attempt=self.env.attempt, fence=self._fence),
         )
+        self._starting("first batch")
         interrupted = trainer.run()
+        PULSE.enter("stop", "closing")
         if self.env.rank == 0 and not interrupted:
             self._phase("writing the report")
             write_report(self.run, self.config)
         for source in (sources.train, sources.validation):
-            if source is not None:
+            if source is not None and not _is_stuck():
                 source.close()
         return interrupted
 
-    def _callbacks(self, engine: Any, store: Any, sources: Any) -> list[Any]:
+    def _fence(self) -> None:
+        from launchers.lease import check_attempt
+
+        check_attempt(self.run, self.env.attempt)
+
+    def _health(self) -> HealthMonitor:
+        """The judge of steps, knowing of the run's bad steps; what they left out stays left out."""
+        from pretrain.parallel.process import gather_objects
+        from pretrain.training.health import HealthMonitor
+        from pretrain.training.health_records import read_events
+
+        # Rank 0's view of the folder is everyone's.
+        events = gather_objects(read_events(self.run.health_path) if self.env.rank == 0 else None)[0]
+        global_batch = self.config.train.global_batch_size
+        skipped = [batch for event in events for batch in event["skipped"]]
+        self.state.skip(batch for batch in skipped if batch * global_batch >= self.state.samples)
+        return HealthMonitor(self.config.health, num_events=len(events))
+
+    def _callbacks(self, engine: Any, store: Any, sources: Any, health: HealthMonitor) -> list[Any]:
         from launchers.lease import check_attempt
         from pretrain.config.freeze import config_digest
         from pretrain.training import callbacks as own
+        from pretrain.training.data_metrics import DataMetricsCallback
         from pretrain.training.data_state import DataCallback
+        from pretrain.training.health_callback import HealthCallback
+        from pretrain.training.health_records import HealthRecords
         from pretrain.training.sampling import TextSampler
 
         facts = {
@@ -279,7 +373,11 @@ class _Rank:
             result.append(TraceCallback(self.run.trace_path(self.env.attempt), self.env.rank))
         budget = getattr(self.config.data, "damage_budget", None)
         result.append(DataCallback(self.log, sources.train, self.run.quarantine_path, budget))
-        result.append(own.MetricsCallback(self.log))
+        records = HealthRecords(self.run.health_path, self.env.attempt, fence=self._fence)
+        result.append(HealthCallback(self.log, health, records, sources, rank=self.env.rank))
+        data_metrics = DataMetricsCallback(sources.train, lambda: getattr(self.stream, "ready_steps", 0))
+        result += [data_metrics, own.MetricsCallback(self.log)]
+        self._start_monitor(data_metrics)
         result.append(
             own.CheckpointCallback(
                 store,
@@ -316,7 +414,18 @@ class _Rank:
                 artifacts=[path for path in [sources.tokenizer_path] if path],
             )
 
+    def _start_monitor(self, data_metrics: Any) -> None:
+        """One rank of each node measures it; the numbers of that rank's data go with them."""
+        interval_s = self.config.tracking.system_metrics_interval_s
+        if self.env.local_rank == 0 and interval_s > 0:
+            from pretrain.tracking.system_metrics import SystemMonitor
+
+            path = self.run.system_metrics_path(self.env.attempt, self.env.node_rank)
+            self.monitor = SystemMonitor(path, interval_s, folder=self.run.path, extra=data_metrics.numbers)
+
     def _end(self, status: str, message: str) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
         if self.env.rank != 0:
             return
         try:
@@ -331,4 +440,4 @@ class _Rank:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 from data_pipeline.source import SourcePart
 from pretrain.engines.base import Engine
 from pretrain.parallel.process import all_reduce_floats, gather_objects
+from pretrain.parallel.pulse import PULSE
 from pretrain.training.batches import to_device, to_tensors
 from pretrain.training.loop import raise_common_data_failure
-
-_STOP_INTERVAL = 8  # batches between two questions whether to stop
+from pretrain.training.signals import StopRequest, StopRequestedError
 
 
 @dataclass
@@ -42,7 +42,7 @@ def evaluate(
     *,
     batch_size: int,
     num_samples: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
     """Means per target token over ``num_samples`` samples spread evenly over a finite source (None: all).
 
@@ -50,8 +50,8 @@ def evaluate(
     with ``validation_<name>`` for each metric of the objective. Where the objective declares ``likelihood``, the
     exponential of the loss is ``validation_perplexity``. Over the whole source, ``validation_bits_per_byte`` is
     total nats / ln 2 / UTF-8 bytes of the text behind the targets. Of each of several parts of the source (its
-    attribute ``parts``) the same figures are named ``validation/<part>/loss`` and so on. ``stop``, which must answer
-    the same on every rank, is asked every few batches; when it says yes the result is None.
+    attribute ``parts``) the same figures are named ``validation/<part>/loss`` and so on. When any rank's ``stop`` is
+    requested, also while it waits for data, the result is None on every rank.
 
     Raises:
         DataFailureError, DataUnavailableError: on every rank, when the data of one fail.
@@ -63,17 +63,16 @@ def evaluate(
     # Place p stands for sample p * count // total, so the places of a part are a range, too.
     bounds = [-(-end * total // count) for end in accumulate((part.num_samples for part in parts), initial=0)]
     own = [Sums() for _ in parts]
-    calls = 0
     for sums, (begin, end) in zip(own, pairwise(bounds), strict=True):
         for first, rows in _rounds(end - begin, batch_size, engine.dp_size):
-            if calls % _STOP_INTERVAL == 0 and stop():
-                return None
-            calls += 1
+            PULSE.tick()
             places = [begin + first + engine.dp_rank + row * engine.dp_size for row in range(rows)]
             is_counted = places[-1] < end
             # Evaluation is collective: a rank that is left without a sample repeats one, which does not count.
             indices = [place * count // total for place in (places if is_counted else [begin + first])]
-            batch = _fetch(source, indices)
+            batch = _fetch(source, indices, stop)
+            if batch is None:
+                return None
             result = engine.eval_step(to_device(batch, engine.device), objective)
             if is_counted and engine.is_data_leader:
                 sums.add(result.loss_sum, float(objective.denominator(batch)), result.metrics)
@@ -95,17 +94,22 @@ def evaluate(
     return metrics
 
 
-def _fetch(source: Any, indices: list[int]) -> dict[str, Any]:
-    """The samples as host tensors; raises on every rank when the data of one fail."""
+def _fetch(source: Any, indices: list[int], stop: StopRequest | None) -> dict[str, Any] | None:
+    """The samples as host tensors; raises on every rank when the data of one fail, None when one was asked to stop."""
     arrays: dict[str, np.ndarray] = {}
     failure: ValueError | OSError | None = None
     try:
-        arrays = source.batch(indices)
+        arrays = source.batch(indices) if stop is None else stop.while_waiting(lambda: source.batch(indices))
+    except StopRequestedError:
+        pass
     except (ValueError, OSError) as error:
         failure = error
     # A rank that left alone would leave the others waiting for it.
-    if all_reduce_floats([float(failure is not None)])[0]:
+    failures, stops = all_reduce_floats([float(failure is not None), float(stop is not None and stop.requested)])
+    if failures:
         raise_common_data_failure(failure)
+    if stops:
+        return None
     return to_tensors(arrays | {"sample_ids": np.array(indices, dtype=np.int64)})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.schema import Config, DeepSpeedConfig, LauncherConfig, TrainConfig
+from pretrain.config.schema import Config, DeepSpeedConfig, LocalConfig, TrainConfig
 from pretrain.engines.deepspeed_settings import deepspeed_settings, deepspeed_violations
 
 
@@ -21,7 +21,7 @@ def config(precision: str = "fp32", sample_interval: int = 0, **engine: Any) -> 
             sample_interval=sample_interval,
         ),
         engine=DeepSpeedConfig(**engine),
-        launcher=LauncherConfig(num_processes=4),
+        launcher=LocalConfig(num_processes=4),
     )
 
 

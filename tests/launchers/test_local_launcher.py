@@ -13,10 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.launching import launch
 
 import launchers.local
 from launchers.exit_codes import ExitCode, from_returncode, meaning
-from launchers.local import launch, rank_environment
+from launchers.lifecycle.evidence import describe_failure
+from launchers.local import rank_environment
 from launchers.run_dir import RunDir
 
 ROOT = Path(launchers.local.__file__).parents[1]
@@ -79,7 +81,7 @@ def test_exit_codes_reach_the_caller_unchanged(run: RunDir, code: int) -> None:
     assert launch(run, attempt=1, num_processes=2, command=_ranks(source)) == code
 
 
-def test_a_dead_rank_takes_the_others_down_and_is_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_rank_takes_the_others_down(run: RunDir) -> None:
     source = """
 if RANK == "1":
     print("out of luck", flush=True)
@@ -88,7 +90,7 @@ time.sleep(600)
 """
     code = launch(run, attempt=1, num_processes=2, command=_ranks(source))
     assert code == 128 + signal.SIGSEGV
-    shown = capsys.readouterr().err
+    shown = describe_failure(1, code, run.rank_log_path(1, 1))
     assert "rank 1 ended with code 139 (killed by SIGSEGV)" in shown
     assert "| out of luck" in shown
     assert str(run.path / "logs" / "attempt_0001" / "rank_00001.log") in shown
@@ -126,8 +128,8 @@ sys.exit(85)
 
 _LAUNCHER = """
 import sys
-from launchers.local import launch
 from launchers.run_dir import RunDir
+from support.launching import launch
 sys.exit(launch(RunDir.open(sys.argv[1]), attempt=1, num_processes=2, shutdown_grace_s=600, command=sys.argv[2:]))
 """
 
@@ -136,7 +138,7 @@ def _start_launcher(run: RunDir, source: str) -> tuple[subprocess.Popen[str], li
     """A launcher process whose ranks have said ``ready PID`` in their logs."""
     process = subprocess.Popen(
         [sys.executable, "-c", _LAUNCHER, str(run.path), *_ranks(source)],
-        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -222,11 +224,9 @@ def test_a_lost_lease_kills_the_ranks(run: RunDir) -> None:
     assert launch(run, attempt=1, num_processes=2, command=_ranks("time.sleep(600)"), lost=lost) == 137
 
 
-def test_a_program_that_does_not_exist_is_a_failure_with_its_reason(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_program_that_does_not_exist_is_a_failure_with_its_reason(run: RunDir) -> None:
     assert launch(run, attempt=1, num_processes=1, command=["/no/such/program"]) == 1
-    assert "FileNotFoundError" in capsys.readouterr().err
+    assert "FileNotFoundError" in describe_failure(0, 1, run.rank_log_path(1, 0))
 
 
 def test_a_display_whose_terminal_is_gone_does_not_end_the_run(run: RunDir) -> None:
@@ -249,13 +249,7 @@ def test_a_display_whose_terminal_is_gone_does_not_end_the_run(run: RunDir) -> N
 
 def test_no_process_is_an_error(run: RunDir) -> None:
     with pytest.raises(ValueError, match=r"launcher\.num_processes: found 0"):
-        launch(run, attempt=1, num_processes=0)
-
-
-def test_handlers_of_the_caller_are_restored(run: RunDir) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    launch(run, attempt=1, num_processes=1, command=_ranks(""))
-    assert signal.getsignal(signal.SIGTERM) is before
+        launch(run, attempt=1, num_processes=0, command=[])
 
 
 def test_meaning_of_codes() -> None:

@@ -21,7 +21,7 @@ from pretrain.checkpoint.writer import Save
 from pretrain.config.schema import (
     Config,
     DeepSpeedConfig,
-    LauncherConfig,
+    LocalConfig,
     MuonConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -82,7 +82,7 @@ class Case:
                 overlap_comm=self.overlap,
                 **extra,
             ),
-            launcher=LauncherConfig(num_processes=self.size),
+            launcher=LocalConfig(num_processes=self.size),
         )
 
     @property

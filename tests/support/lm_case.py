@@ -20,7 +20,7 @@ from pretrain.checkpoint.writer import Save
 from pretrain.config.schema import (
     Config,
     EngineConfig,
-    LauncherConfig,
+    LocalConfig,
     MegatronConfig,
     MuonConfig,
     OptimizerConfig,
@@ -86,7 +86,7 @@ class Case:
                 learning_rate=2e-3, weight_decay=0.1, schedule=ScheduleConfig(kind="constant", horizon=100)
             ),
             engine=self.engine,
-            launcher=LauncherConfig(num_processes=self.size),
+            launcher=LocalConfig(num_processes=self.size),
         )
 
     @property

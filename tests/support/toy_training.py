@@ -43,12 +43,17 @@ class ToyEngine:
         self.loss = 1.0
         self.during_step = during_step
 
-    def train_step(self, microbatches: Any, loss: Any, denominator: float, learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Any, loss: Any, denominator: float, learning_rate: float, accept: Any
+    ) -> StepResult:
+        result = StepResult(self.loss, 1.0, {}, {"forward": 0.0})
+        if not accept(result):
+            return result
         self.step += 1
         if self.during_step:
             self.during_step(self.step)
         self.share += 1
-        return StepResult(self.loss, 1.0, {}, {"forward": 0.0})
+        return result
 
     def export_state(self) -> Iterator[Fragment]:
         flat = self.share.view(-1)
@@ -108,7 +113,7 @@ def toy_trainer(
         ),
         engine=made,  # type: ignore[arg-type]
         objective=_Objective(),
-        open_stream=lambda first: _Stream(),  # type: ignore[arg-type,return-value]
+        open_stream=lambda first, skipped: _Stream(),  # type: ignore[arg-type,return-value]
         state=TrainState(step=made.step),
         stop=StopRequest((signal.SIGUSR1,)),
         callbacks=[callback, *more],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from support.mlflow_server import server
 from support.records import write_steps
+from support.tcp_proxy import free_port
 
 
 def _write_run(path: Path, num_steps: int = 5, **tracking: object) -> Path:
@@ -34,3 +37,11 @@ def write_run():
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an embedded store; its tables are made once, by the first test that writes to it."""
     return tmp_path_factory.mktemp("mlruns")
+
+
+@pytest.fixture(scope="session")
+def server_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of a real MLflow server that all tests of a session share."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    with server(folder, port):
+        yield port

@@ -113,7 +113,7 @@ def test_a_dead_server_neither_raises_nor_loses(
         assert not tracker.close("interrupted")
     complaints = [record.message for record in caplog.records if "cannot be written" in record.message]
     assert len(complaints) == 1
-    assert f"pretrain sync {path}" in caplog.text
+    assert f"pretrain tracking sync {path}" in caplog.text
     # The store is back (here: another one). Everything arrives, tags kept from the live run included, and only once.
     first = sync(path)
     second = sync(path)
@@ -238,9 +238,9 @@ def test_the_store_is_chosen_by_config_then_environment(monkeypatch: pytest.Monk
 def test_sync_of_something_else_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import argparse
 
-    from pretrain.tracking import sync as verb
+    from pretrain.commands import tracking as verb
 
     parser = argparse.ArgumentParser()
     verb.add_arguments(parser)
-    assert verb.run(parser.parse_args([str(tmp_path)])) == 2
+    assert verb.run(parser.parse_args(["sync", str(tmp_path)])) == 2
     assert "not a run directory" in capsys.readouterr().err

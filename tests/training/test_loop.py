@@ -39,11 +39,13 @@ class Engine:
         self.seen: list[int] = []
 
     def train_step(
-        self, microbatches: Sequence[Any], loss: Any, denominator: float, learning_rate: float
+        self, microbatches: Sequence[Any], loss: Any, denominator: float, learning_rate: float, accept: Any
     ) -> StepResult:
         self.calls.append((denominator, learning_rate))
         targets = sum(float(batch["mask"].sum()) for batch in microbatches)
-        return StepResult(self.loss * targets, 1.0, {"hits": targets / 2}, {"forward": 0.1})
+        result = StepResult(self.loss * targets, 1.0, {"hits": targets / 2}, {"forward": 0.1})
+        accept(result)
+        return result
 
     def eval_step(self, batch: dict[str, torch.Tensor], loss: Any) -> EvalResult:
         self.seen += batch["index"].tolist()
@@ -89,7 +91,7 @@ def trainer(
 ) -> tuple[Trainer, Any]:
     streams = []
 
-    def open_stream(first: int) -> Stream:
+    def open_stream(first: int, skipped: frozenset[int]) -> Stream:
         streams.append(Stream(first, count))
         return streams[-1]
 
@@ -182,7 +184,7 @@ def test_a_step_without_targets_is_refused() -> None:
             yield [{"mask": np.zeros((2, 8), dtype=bool)}]
 
     made, _ = trainer(Engine(), Recorder())
-    made._open_stream = lambda first: Empty(first, 1)
+    made._open_stream = lambda first, skipped: Empty(first, 1)  # type: ignore[assignment,return-value]
     with pytest.raises(ValueError, match="no target token"):
         made.run()
 
@@ -203,9 +205,10 @@ def test_validation_covers_each_sample_once_and_counts_bytes() -> None:
     nats = sum(range(7)) * 2
     assert metrics["validation_loss"] == pytest.approx(nats / 14)
     assert metrics["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / 21)
-    answers = iter([False, True])
-    assert evaluate(engine, Objective(), Source(), batch_size=1, stop=lambda: next(answers, True)) is not None  # type: ignore[arg-type]
-    assert evaluate(engine, Objective(), Source(), batch_size=1, stop=lambda: True) is None  # type: ignore[arg-type]
+    stop = StopRequest((signal.SIGUSR1,))
+    assert evaluate(engine, Objective(), Source(), batch_size=1, stop=stop) is not None  # type: ignore[arg-type]
+    stop.note(signal.SIGUSR1)
+    assert evaluate(engine, Objective(), Source(), batch_size=1, stop=stop) is None  # type: ignore[arg-type]
     part = evaluate(engine, Objective(), Source(), batch_size=3, num_samples=4)  # type: ignore[arg-type]
     # Spread over the source, not its first samples: 0, 1, 3, 5 of 7.
     assert part == {"validation_loss": pytest.approx((0 + 1 + 3 + 5) * 2 / 8)}

@@ -91,7 +91,7 @@ def test_damage_on_one_rank_stops_all_alike_and_may_then_be_substituted(sound: P
     member = damage(folder)
     run = tmp_path / "run"
     stopped = pretrain("run", "--run-dir", run, *OVERRIDES, f"data.path={folder}")
-    assert stopped.returncode == 2, stopped.stderr
+    assert stopped.returncode == 6, stopped.stderr
     logs = rank_logs(run)
     told = {line for log in logs for line in log.splitlines() if member in line}
     assert all(member in log for log in logs)
@@ -124,7 +124,7 @@ def test_damage_on_one_rank_stops_all_alike_and_may_then_be_substituted(sound: P
         "run", "--run-dir", bounded, *OVERRIDES, f"data.path={folder}", "data.on_damage=substitute",
         "data.damage_budget=0",
     )  # fmt: skip
-    assert spent.returncode == 2
+    assert spent.returncode == 6
     assert "data.damage_budget is 0" in spent.stderr + (bounded / "logs/attempt_0001/rank_00000.log").read_text()
 
 
@@ -135,7 +135,7 @@ def test_damage_in_validation_stops_all_alike_or_is_substituted(sound: Path, tmp
     overrides = [*OVERRIDES, "train.steps=2", "train.eval_interval=1", "train.final_eval=true", f"data.path={folder}"]
     run = tmp_path / "run"
     stopped = pretrain("run", "--run-dir", run, *overrides)
-    assert stopped.returncode == 2, stopped.stderr
+    assert stopped.returncode == 6, stopped.stderr
     assert all(f"{block.key}.tok.npy" in log for log in rank_logs(run))
     again = pretrain("resume", run, "data.on_damage=substitute")
     assert again.returncode == 0, again.stderr

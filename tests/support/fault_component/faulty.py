@@ -42,6 +42,10 @@ class FaultyObjective(NextTokenObjective):
         super().__init__()
         self.config = config
         self.rank = int(os.environ["SLURM_PROCID"])
+        self.faults = [dict(fault) for fault in config.faults]
+        for fault in self.faults:
+            if fault["kind"] == "lonely_collective":
+                fault["group"] = torch.distributed.new_group()
 
     def __call__(self, model: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> LossOutput:
         step = int(batch["sample_ids"][0]) // self.config.global_batch + 1
@@ -49,7 +53,7 @@ class FaultyObjective(NextTokenObjective):
         if not torch.is_grad_enabled():
             return output
         time.sleep(self.config.pace_s)
-        for fault in self.config.faults:
+        for fault in self.faults:
             if fault["step"] == step and fault.get("rank", self.rank) == self.rank and _is_due(fault):
                 output = FAULTS[fault["kind"]](output, fault)
         return output
@@ -80,7 +84,8 @@ def _spin(output: LossOutput, fault: Mapping[str, Any]) -> LossOutput:
 
 
 def _lonely_collective(output: LossOutput, fault: Mapping[str, Any]) -> LossOutput:
-    torch.distributed.all_reduce(torch.ones(3))
+    """Join a collective that no other rank ever joins, in a group of its own, so that no other one is met by chance."""
+    torch.distributed.all_reduce(torch.ones(3), group=fault["group"])
     return output
 
 

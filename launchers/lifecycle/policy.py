@@ -1,0 +1,157 @@
+"""What follows the end of an attempt: a pure function of its class, the run's history and the configuration.
+
+Torch-free. Nothing is read or done here, so every rule can be tried on made-up histories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launchers.lifecycle.exit_class import ExitClass, Verdict
+from launchers.lifecycle.journal import Entry
+from pretrain.config.launch_schema import Action, LifecycleConfig
+
+WANTED = frozenset({ExitClass.FINISHED, ExitClass.INTERRUPTED})
+"""Ends that the user wanted: nothing follows."""
+
+ALLOCATION_ENDS = frozenset({ExitClass.PREEMPTED, ExitClass.TIME_LIMIT})
+"""Ends that take the allocation away: to start again at once is not possible."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps of the run that an attempt completed: from ``first`` (exclusive) to ``last``; None: it never began."""
+
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the next attempt could run.
+
+    ``queue``: there is a batch system to give the allocation back to. ``can_stay``: the nodes that are left hold a
+    layout of this run, so that it may go on at once; ``can_stay_without``: they do so without the node at fault, too.
+    ``time_enough``: the rest of the allocation's time is worth another attempt.
+    """
+
+    queue: bool = False
+    can_stay: bool = True
+    can_stay_without: bool = True
+    time_enough: bool = True
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``action``: stop, restart (at once), requeue, or exclude (``excluded`` nodes are left out from now on).
+
+    ``at_once``: the next attempt starts in the allocation (or process) that is here; else in a new one.
+    """
+
+    action: Action
+    at_once: bool
+    excluded: tuple[str, ...]
+    reason: str
+
+
+def configured_action(exit_class: ExitClass, config: LifecycleConfig) -> Action:
+    """The action that the configuration gives for a class; ends that the user wanted stop."""
+    if exit_class in WANTED:
+        return "stop"
+    action: Action = getattr(config, f"on_{exit_class.value}")
+    return action
+
+
+def restarts_used(history: Sequence[Entry]) -> int:
+    """Attempts that followed another one by themselves, over the whole life of the run."""
+    return sum(entry["event"] == "attempt_ended" and entry["action"] != "stop" for entry in history)
+
+
+def repeats(verdict: Verdict, progress: Progress, history: Sequence[Entry]) -> int:
+    """Ends of this class in a row without a new step, this one included; 0 when this attempt made a new step.
+
+    A user's own start (an attempt that follows a stop) begins a new row: something may have been changed.
+    """
+    ended = [entry for entry in history if entry["event"] == "attempt_ended"]
+    reached = max((entry["last_step"] for entry in ended if entry.get("last_step") is not None), default=-1)
+    if progress.last is not None and progress.last > max(reached, progress.first if progress.first is not None else -1):
+        return 0
+    count = 1
+    for position in range(len(ended) - 1, -1, -1):
+        entry = ended[position]
+        if entry["exit_class"] != verdict.exit_class or entry["action"] == "stop":
+            break
+        count += 1
+        if _made_new_step(entry, ended[:position]):
+            break  # the row began with the end of an attempt that had come further
+    return count
+
+
+def _made_new_step(entry: Entry, earlier: Sequence[Entry]) -> bool:
+    last, first = entry.get("last_step"), entry.get("first_step")
+    before = max((e["last_step"] for e in earlier if e.get("last_step") is not None), default=-1)
+    return last is not None and last > max(before, first if first is not None else -1)
+
+
+def decide(
+    verdict: Verdict,
+    progress: Progress,
+    history: Sequence[Entry],
+    config: LifecycleConfig,
+    max_restarts: int,
+    place: Place,
+) -> Decision:
+    """What follows. ``history`` is the journal before this end.
+
+    Without a batch system requeue and exclude are restart. In one, restart becomes requeue where the allocation ends
+    or its time is too short, and exclude goes on at once where the remaining nodes hold a layout.
+    """
+    action = configured_action(verdict.exit_class, config)
+    name = f"lifecycle.on_{verdict.exit_class.value}"
+    if verdict.exit_class in WANTED:
+        return Decision("stop", False, (), verdict.reason)
+    if action == "stop":
+        return Decision("stop", False, (), f"{verdict.reason}; {name} is stop")
+    count = repeats(verdict, progress, history)
+    if count >= config.max_repeats:
+        return Decision(
+            "stop",
+            False,
+            (),
+            f"{verdict.reason}; {_times(count)} in a row without a new step (lifecycle.max_repeats is "
+            f"{config.max_repeats}): trying again is no use",
+        )
+    used = restarts_used(history)
+    if used >= max_restarts:
+        spent = (
+            "launcher.max_restarts is 0"
+            if max_restarts == 0
+            else f"{used} of launcher.max_restarts = {max_restarts} restarts are used"
+        )
+        return Decision("stop", False, (), f"{verdict.reason}; {spent}")
+    words = f"{verdict.reason}; {name} is {action}"
+    if not place.queue:
+        return Decision("restart", True, (), words)
+    ends = verdict.exit_class in ALLOCATION_ENDS
+    if action == "exclude":
+        excluded = (verdict.node,) if verdict.node is not None else ()
+        if not excluded:
+            words += ", but no node stands out"
+        at_once = bool(excluded) and not ends and place.can_stay_without and place.time_enough
+        if at_once:
+            words += f": going on without {verdict.node}"
+        return Decision("exclude" if excluded else "requeue", at_once, excluded, words)
+    if action == "restart":
+        if ends:
+            return Decision("requeue", False, (), f"{words}, which needs a new allocation here")
+        if not place.time_enough:
+            return Decision("requeue", False, (), f"{words}, but the job's time is nearly over")
+        if not place.can_stay:
+            return Decision("requeue", False, (), f"{words}, but too few nodes are left")
+        return Decision("restart", True, (), words)
+    return Decision("requeue", False, (), words)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else "twice" if count == 2 else f"{count} times"

@@ -1,0 +1,427 @@
+"""The supervisor: attempt after attempt until the run is over or its nodes are given back. Torch-free.
+
+One process for a run: ``pretrain run`` itself on a workstation, the batch script on a cluster. It starts the ranks
+through a :class:`Backend`, follows them (:mod:`launchers.lifecycle.attempt`), says why they ended
+(:mod:`launchers.lifecycle.exit_class`) and does what the policy decides (:mod:`launchers.lifecycle.policy`). Every
+step is in the journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from launchers.exit_codes import ExitCode
+from launchers.lease import Lease, LeaseHeldError
+from launchers.lifecycle import cancellation, journal
+from launchers.lifecycle.attempt import Attempt, Display, say
+from launchers.lifecycle.deadline import Pace
+from launchers.lifecycle.evidence import Steps, describe_failure, gather, steps_of
+from launchers.lifecycle.exit_class import ExitClass, StopReason, Verdict, classify
+from launchers.lifecycle.hanging import HangAlarm
+from launchers.lifecycle.policy import Decision, Place, Progress, decide
+from launchers.lifecycle.ranks import Ranks
+from launchers.outcome import record_end, record_failure
+from launchers.run_dir import RunDir
+from pretrain.config.schema import Config
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+_WRITING_S = 3.0
+"""Of the time that a batch system leaves, what is kept for the journal and the queue."""
+
+
+class Backend(Protocol):
+    """A place where attempts run.
+
+    ``queue``: there is a batch system that nodes can be given back to. ``job``: the batch job that this process is
+    part of. ``second_signal_kills``: a second signal means impatience (a user's), not a reminder (Slurm's).
+    ``kill_wait_s``: seconds between a batch system's last signal and its killing everything.
+    """
+
+    name: str
+    job: int | None
+    queue: bool
+    second_signal_kills: bool
+    kill_wait_s: float
+
+    def prepare(self, run: RunDir, config: Config, excluded: frozenset[str]) -> Config:
+        """The configuration that the next attempt runs with: fewer nodes, say, frozen as a revision of the run.
+
+        Raises TooFewNodesError when no layout fits what is there.
+        """
+        ...
+
+    def nodes(self, config: Config) -> list[str]:
+        """Nodes of the next attempt, in the order of ranks."""
+        ...
+
+    def check_nodes(self, run: RunDir, config: Config, attempt: int) -> NodeTrouble | None:
+        """What a quick check of the nodes finds before ranks are started; None: they are well."""
+        ...
+
+    def start(self, run: RunDir, config: Config, attempt: int, program: Sequence[str]) -> AbstractContextManager[Ranks]:
+        """Starts the ranks; on the way out none is left. Raises StartError."""
+        ...
+
+    def can_stay(self, run: RunDir, config: Config, excluded: frozenset[str]) -> bool:
+        """Whether the nodes that are here hold a layout of the run without ``excluded``."""
+        ...
+
+    def end_time(self) -> float | None:
+        """Unix time at which the nodes are taken away; None: never."""
+        ...
+
+    def down_nodes(self, config: Config) -> list[str]:
+        """Nodes of this attempt that are known to have failed."""
+        ...
+
+    def reason_of(self, number: int | None) -> StopReason | None:
+        """What a signal to this process means, None: nothing yet. None for ``number``: whether the batch system is
+        ending the job."""
+        ...
+
+    def vanished(self, started: journal.Entry) -> Verdict:
+        """Why an attempt has no recorded end; ``started`` is the journal's entry of its start."""
+        ...
+
+
+class TooFewNodesError(RuntimeError):
+    """No layout of the run fits the nodes that are left."""
+
+
+class StartError(RuntimeError):
+    """The ranks could not be started; ``exit_class`` says whose matter that is."""
+
+    def __init__(self, message: str, exit_class: ExitClass) -> None:
+        super().__init__(message)
+        self.exit_class = exit_class
+
+
+@dataclass(frozen=True)
+class NodeTrouble:
+    """Nodes that failed the check before training, and what is wrong."""
+
+    nodes: tuple[str, ...]
+    words: str
+
+
+@dataclass
+class Supervisor:
+    """Supervises ``run`` from the attempt that ``lease`` holds.
+
+    Args:
+        program: program and arguments of every rank; ``first_arguments`` are added in the first attempt.
+        command: what is recorded as the attempt's command.
+        open_display: the display of one attempt.
+        between_attempts: called beside the start of the next attempt, as to bring a tracker up to date.
+    """
+
+    run: RunDir
+    backend: Backend
+    lease: Lease
+    config: Config
+    program: Sequence[str]
+    command: Sequence[str]
+    first_arguments: Sequence[str] = ()
+    open_display: Callable[[RunDir, int], Display] | None = None
+    between_attempts: Callable[[], object] | None = None
+    lease_job: dict[str, Any] = field(default_factory=dict)
+    received: list[int] = field(default_factory=list)
+
+    def supervise(self) -> Outcome:
+        """Runs attempts until one is the last here. Call it from the main thread: signals arrive there.
+
+        Raises LeaseHeldError when another process takes the run directory between two attempts.
+        """
+        extra = list(self.first_arguments)
+        with self._signals():
+            if (outcome := self._close_unfinished()) is not None:
+                return outcome
+            while True:
+                outcome = self._attempt([*self.program, *extra])
+                if not outcome.decision.at_once or outcome.fenced:
+                    return outcome
+                if self.between_attempts is not None:
+                    threading.Thread(target=self.between_attempts, daemon=True).start()
+                extra = []  # the chosen checkpoint was the first attempt's: this one continues from the latest
+                say(f"{outcome.decision.reason}. Starting the next attempt.")
+                self.lease.release()
+                self.lease = Lease.acquire(self.run, **self.lease_job)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Handlers for the whole of this: a signal between two attempts must not be lost, nor leave ranks behind."""
+        previous = {
+            number: signal.signal(number, lambda received, _frame: self.received.append(received))
+            for number in _FORWARDED
+            # What the caller ignores (SIGHUP under nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _close_unfinished(self) -> Outcome | None:
+        """Records the end of an attempt whose supervisor could not: it vanished with its node, or was killed.
+
+        Inside a job, which came back by itself, the policy is asked about that end too: an outcome that stops it is
+        returned.
+        """
+        history = journal.read_journal(self.run)
+        begun = [index for index, entry in enumerate(history) if entry["event"] == "attempt_started"]
+        if not begun or any(entry["event"] == "attempt_ended" for entry in history[begun[-1] :]):
+            return None
+        last = history[begun[-1]]
+        verdict = self.backend.vanished(last)
+        steps = steps_of(self.run, last["attempt"])
+        own_life = self.backend.queue and last.get("job") == self.backend.job
+        if not own_life:
+            decision = Decision("stop", False, (), f"{verdict.reason}; its user started the run again")
+        else:
+            decision = decide(
+                verdict,
+                Progress(steps.first, steps.last),
+                history,
+                self.config.lifecycle,
+                self.config.launcher.max_restarts,
+                Place(queue=True),
+            )
+            if decision.action != "stop":
+                # It has been done already: this is the life after it.
+                decision = Decision("requeue", False, decision.excluded, decision.reason)
+        self._write_end(last["attempt"], verdict, decision, steps)
+        if own_life and decision.action == "stop":
+            return Outcome(_exit_code(verdict, None), verdict, decision)
+        return None
+
+    # ---- one attempt -------------------------------------------------------------------------------------------------
+
+    def _attempt(self, program: Sequence[str]) -> Outcome:
+        run, number = self.run, self.lease.attempt
+        history = journal.read_journal(run)
+        excluded = excluded_nodes(history)
+        try:
+            self.config = self.backend.prepare(run, self.config, excluded)
+        except TooFewNodesError as error:
+            return self._end(Verdict(ExitClass.NODE_FAILURE, str(error)), Steps(), history, None)
+        run.record_attempt(number, self.command)
+        nodes = self.backend.nodes(self.config)
+        journal.append(
+            run,
+            "attempt_started",
+            attempt=number,
+            launcher=self.backend.name,
+            job=self.backend.job,
+            nodes=nodes,
+            num_processes=self.config.launcher.num_processes,
+        )
+        try:
+            if trouble := self.backend.check_nodes(run, self.config, number):
+                words = f"the check before training failed: {trouble.words}"
+                verdict = Verdict(ExitClass.NODE_FAILURE, words, node=trouble.nodes[0])
+                return self._end(verdict, Steps(), history, None, also_excluded=trouble.nodes[1:])
+            with self.backend.start(run, self.config, number, program) as ranks:
+                attempt = self._follow(ranks)
+                evidence = gather(run, self.config, number, ranks, attempt, self.backend)
+        except StartError as error:
+            return self._end(Verdict(error.exit_class, str(error)), Steps(), history, None)
+        verdict = classify(evidence)
+        return self._end(verdict, steps_of(run, number), history, attempt)
+
+    def _follow(self, ranks: Ranks) -> Attempt:
+        backend, run = self.backend, self.run
+        attempt = Attempt(
+            ranks,
+            self.config.launcher.shutdown_grace_s,
+            self.received,
+            self._meaning_of,
+            second_kills=backend.second_signal_kills,
+            enforced_grace_s=max(1.0, backend.kill_wait_s - _WRITING_S),
+            display=self.open_display(run, self.lease.attempt) if self.open_display is not None else None,
+            lost=self.lease.lost,
+            reasons=(self._cancelled, Deadline(run, self.config, backend).poll),
+            alarms=(self._cancelled_now, HangAlarm(run, self.lease.attempt, self.config, ranks).poll),
+        )
+        try:
+            attempt.follow()
+        finally:
+            attempt.close_display()
+        return attempt
+
+    def _meaning_of(self, number: int) -> StopReason | None:
+        # `pretrain cancel` leaves its wish first and may then send a signal to be heard at once.
+        return self._cancelled() or self.backend.reason_of(number)
+
+    def _cancelled(self) -> StopReason | None:
+        if cancellation.read(self.run) is None:
+            return None
+        return StopReason(ExitClass.INTERRUPTED, "cancelled by its user")
+
+    def _cancelled_now(self) -> StopReason | None:
+        wish = cancellation.read(self.run)
+        if wish is None or not wish.now:
+            return None
+        return StopReason(ExitClass.INTERRUPTED, "cancelled by its user, without a checkpoint")
+
+    # ---- its end -----------------------------------------------------------------------------------------------------
+
+    def _end(
+        self,
+        verdict: Verdict,
+        steps: Steps,
+        history: Sequence[journal.Entry],
+        attempt: Attempt | None,
+        also_excluded: Sequence[str] = (),
+    ) -> Outcome:
+        run, number, config = self.run, self.lease.attempt, self.config
+        failure = attempt.first_failure if attempt is not None else None
+        rank = verdict.rank if verdict.code is not None else failure.rank if failure is not None else None
+        code = _exit_code(verdict, failure.code if failure is not None else None)
+        if attempt is not None and attempt.fenced:
+            return Outcome(code, verdict, Decision("stop", False, (), "the run directory was lost"), fenced=True)
+        out = excluded_nodes(history)
+        at_fault = {*also_excluded, *((verdict.node,) if verdict.node else ())}
+        place = Place(
+            queue=self.backend.queue,
+            can_stay=self.backend.can_stay(run, config, out),
+            can_stay_without=self.backend.can_stay(run, config, out | at_fault),
+            time_enough=self._time_enough(steps),
+        )
+        decision = decide(
+            verdict,
+            Progress(steps.first, steps.last),
+            history,
+            config.lifecycle,
+            config.launcher.max_restarts,
+            place,
+        )
+        if self.received and decision.at_once:
+            # A signal that came when the ranks had ended already: what it asks for is done.
+            decision = Decision("stop", False, (), f"{decision.reason}; stopped by a signal")
+        if decision.action == "exclude":
+            decision = Decision("exclude", decision.at_once, (*decision.excluded, *also_excluded), decision.reason)
+        if rank is not None and code not in (ExitCode.FINISHED, ExitCode.RESUMABLE):
+            log = run.rank_log_path(number, rank)
+            record_failure(run, number, rank, code, log)
+            say(describe_failure(rank, code, log))
+        record_end(run, number, code)
+        self._write_end(number, verdict, decision, steps)
+        enforced = attempt is not None and attempt.stop is not None and attempt.stop.enforced
+        return Outcome(code, verdict, decision, enforced=enforced)
+
+    def _write_end(self, number: int, verdict: Verdict, decision: Decision, steps: Steps) -> None:
+        journal.append(
+            self.run,
+            "attempt_ended",
+            attempt=number,
+            exit_class=str(verdict.exit_class),
+            action=decision.action,
+            reason=decision.reason,
+            first_step=steps.first,
+            last_step=steps.last,
+            saved_step=steps.saved,
+            rank=verdict.rank,
+            node=verdict.node,
+            code=verdict.code,
+            report=verdict.report,
+            exclude=list(decision.excluded),
+        )
+
+    def _time_enough(self, steps: Steps) -> bool:
+        pace = Pace(self.run.metrics_path)
+        pace.update()
+        end = self.backend.end_time()
+        return pace.time_enough(self.config.lifecycle, now=time.time(), end=end, startup=steps.startup_s)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How supervision ended here: exit code of the ranks, verdict, and what is still to be done with the nodes.
+
+    ``fenced``: another process holds the run directory; nothing more may be written. ``enforced``: a batch system is
+    ending this process already.
+    """
+
+    code: int
+    verdict: Verdict
+    decision: Decision
+    fenced: bool = False
+    enforced: bool = False
+
+
+class Deadline:
+    """Asks for a stop when the time that a checkpoint needs is all that is left of the allocation."""
+
+    INTERVAL_S = 2.0
+
+    def __init__(self, run: RunDir, config: Config, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self._pace = Pace(run.metrics_path)
+        self._began = time.time()
+        self._end = backend.end_time()
+        self._next = 0.0
+
+    def poll(self) -> StopReason | None:
+        now = time.time()
+        if now < self._next:
+            return None
+        self._next = now + self.INTERVAL_S
+        # An administrator may have moved the end meanwhile; the back end asks Slurm as seldom as it sees fit.
+        self._end = self._backend.end_time()
+        if self._end is None:
+            return None
+        self._pace.update()
+        stop = self._pace.stop_time(self._config.lifecycle, began=self._began, end=self._end)
+        if now < stop:
+            return None
+        left = max(0.0, self._end - now)
+        return StopReason(ExitClass.TIME_LIMIT, f"the job's time limit is {left:.0f} s away")
+
+
+def excluded_nodes(history: Sequence[journal.Entry]) -> frozenset[str]:
+    """Nodes that this run has been moved away from, since its user last started it by hand."""
+    nodes: set[str] = set()
+    for entry in history:
+        if entry["event"] == "submitted" and entry.get("kind") != "chain":
+            nodes = set(entry.get("exclude") or ())
+        elif entry["event"] in ("requeued", "submitted", "attempt_ended"):
+            nodes |= set(entry.get("exclude") or ())
+    return frozenset(nodes)
+
+
+def _exit_code(verdict: Verdict, first_failure: int | None) -> int:
+    """The code for the caller: the culprit's, else that of the rank that failed first."""
+    if verdict.code is not None:
+        return verdict.code
+    if first_failure is not None:
+        return first_failure
+    return int(ExitCode.FAILED)
+
+
+def default_program(run: RunDir) -> list[str]:
+    """What every rank runs."""
+    return [sys.executable, "-m", "pretrain.training.entry", str(run.path)]
+
+
+__all__ = [
+    "Backend",
+    "Deadline",
+    "LeaseHeldError",
+    "Outcome",
+    "Supervisor",
+    "TooFewNodesError",
+    "default_program",
+    "excluded_nodes",
+]

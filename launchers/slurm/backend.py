@@ -1,0 +1,193 @@
+"""Attempts inside a Slurm job (see :class:`launchers.lifecycle.supervise.Backend`). Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+
+from launchers.lifecycle.exit_class import ExitClass, StopReason, Verdict
+from launchers.lifecycle.journal import Entry
+from launchers.lifecycle.ranks import Ranks
+from launchers.lifecycle.supervise import NodeTrouble, StartError, TooFewNodesError
+from launchers.run_dir import RunDir
+from launchers.slurm import elastic
+from launchers.slurm.commands import JobInfo, Slurm, SlurmError
+from launchers.slurm.node_check import check_nodes
+from launchers.slurm.start import STEP_NAME, Allocation, AllocationError, rank_command
+from launchers.slurm.step import SrunRanks
+from pretrain.config.launch_schema import SlurmConfig
+from pretrain.config.schema import Config
+
+_JOB_INTERVAL_S = 30.0
+_NEAR_THE_END_S = 120.0
+"""Slurm signals for the time limit up to a minute early."""
+_DEAD = frozenset(["DOWN", "NOT_RESPONDING", "POWERED_DOWN", "POWERING_DOWN", "FAIL", "INVAL"])
+_KILL_WAIT_S = 30.0
+
+
+class SlurmBackend:
+    """One srun step per attempt, on the nodes of ``allocation``."""
+
+    name = "slurm"
+    queue = True
+    second_signal_kills = False
+
+    def __init__(self, allocation: Allocation, slurm: Slurm) -> None:
+        self.allocation = allocation
+        self.job: int | None = allocation.job
+        self._slurm = slurm
+        self._info: JobInfo | None = None
+        self._used = allocation
+        self._asked = 0.0
+        self.kill_wait_s = _KILL_WAIT_S
+        with contextlib.suppress(SlurmError, ValueError, KeyError):
+            self.kill_wait_s = float(slurm.config()["KillWait"].split()[0])
+
+    # ---- the attempt's nodes -----------------------------------------------------------------------------------------
+
+    def prepare(self, run: RunDir, config: Config, excluded: frozenset[str]) -> Config:
+        left = self._left(excluded)
+        adapted = elastic.adapt(run, config, len(left.nodes))
+        if adapted is None:
+            launcher = config.launcher
+            assert isinstance(launcher, SlurmConfig)
+            raise TooFewNodesError(
+                f"{len(left.nodes)} of the job's {len(self.allocation.nodes)} nodes are left "
+                f"({', '.join(left.nodes) or 'none'}), which hold no layout of the run: launcher.num_nodes is "
+                f"{launcher.num_nodes}, launcher.min_nodes {launcher.min_nodes}"
+            )
+        self._used = left.first(elastic.layout_of(adapted).num_nodes)
+        return adapted
+
+    def _left(self, excluded: frozenset[str]) -> Allocation:
+        return self.allocation.without(excluded | set(self._dead(self.allocation.nodes)))
+
+    def can_stay(self, run: RunDir, config: Config, excluded: frozenset[str]) -> bool:
+        launcher = config.launcher
+        assert isinstance(launcher, SlurmConfig)
+        full = elastic.full_layout(run, config)
+        return elastic.fit(run.config(), full, launcher.min_nodes, len(self._left(excluded).nodes)) is not None
+
+    def nodes(self, config: Config) -> list[str]:
+        return list(self._used.nodes)
+
+    def down_nodes(self, config: Config) -> list[str]:
+        return self._dead(self._used.nodes)
+
+    def _dead(self, nodes: Sequence[str]) -> list[str]:
+        """Nodes that Slurm holds for dead; none while it does not answer. A drained node still runs its jobs."""
+        try:
+            infos = self._slurm.nodes(nodes)
+        except SlurmError:
+            return []
+        return [name for name in nodes if name not in infos or infos[name].states & _DEAD]
+
+    def check_nodes(self, run: RunDir, config: Config, attempt: int) -> NodeTrouble | None:
+        launcher = config.launcher
+        assert isinstance(launcher, SlurmConfig)
+        if not launcher.node_check:
+            return None
+        with _as_start_error():
+            faults = check_nodes(config, run, attempt, self._used)
+        if not faults:
+            return None
+        return NodeTrouble(tuple(faults), "; ".join(f"{node}: {reason}" for node, reason in faults.items()))
+
+    @contextlib.contextmanager
+    def start(self, run: RunDir, config: Config, attempt: int, program: Sequence[str]) -> Iterator[Ranks]:
+        launcher = config.launcher
+        assert isinstance(launcher, SlurmConfig)
+        words = [config.cluster.python or program[0], *program[1:]]
+        with _as_start_error():
+            command, environment = rank_command(config, run, attempt, self._used, words)
+            ranks = SrunRanks(
+                command,
+                environment,
+                run.attempt_path(attempt) / "srun.log",
+                slurm=self._slurm,
+                job=self.allocation.job,
+                step_name=STEP_NAME.format(attempt=attempt),
+                nodes=self._used.nodes,
+                per_node=launcher.processes_per_node,
+                tasks_are_nodes=launcher.start == "torchrun",
+            )
+        try:
+            yield ranks
+        finally:
+            ranks.close()
+
+    # ---- what Slurm is about to do -----------------------------------------------------------------------------------
+
+    def info(self, max_age_s: float = 0.0) -> JobInfo | None:
+        """The job as Slurm sees it, at most so old; what was known before when Slurm does not answer."""
+        now = time.monotonic()
+        if self._info is None or now - self._asked >= max_age_s:
+            self._asked = now
+            with contextlib.suppress(SlurmError):
+                self._info = self._slurm.job(self.allocation.job) or self._info
+        return self._info
+
+    def end_time(self) -> float | None:
+        info = self.info(_JOB_INTERVAL_S)
+        return info.end_time if info is not None else None
+
+    def reason_of(self, number: int | None) -> StopReason | None:
+        return meaning_of(self.info(), number, time.time())
+
+    def vanished(self, started: Entry) -> Verdict:
+        host = self._batch_host_of(started)
+        words = f"the supervisor of attempt {started['attempt']} vanished"
+        if host is not None and self._dead([host]):
+            return Verdict(ExitClass.NODE_FAILURE, f"{words} with its node {host}", node=host)
+        return Verdict(ExitClass.PREEMPTED, f"{words}: Slurm ended the job before its end was recorded")
+
+    def _batch_host_of(self, started: Entry) -> str | None:
+        """The batch script runs on the first node of a job, which an attempt leaves out only when it is at fault."""
+        nodes = started.get("nodes") or []
+        return nodes[0] if nodes else None
+
+
+@contextlib.contextmanager
+def _as_start_error() -> Iterator[None]:
+    try:
+        yield
+    except SlurmError as error:
+        raise StartError(str(error), ExitClass.CRASH) from error
+    except AllocationError as error:
+        raise StartError(str(error), ExitClass.USER_ERROR) from error
+    except OSError as error:
+        raise StartError(f"srun cannot be started: {error}", ExitClass.CRASH) from error
+
+
+def meaning_of(job: JobInfo | None, number: int | None, now: float) -> StopReason | None:
+    """What Slurm means by a signal to the batch script; ``number`` None: whether Slurm is about to end the job.
+
+    None: nothing to be done now. The notice of the time limit comes early and rounded to minutes; whoever knows the
+    job's end waits for the moment itself.
+    """
+    name = signal.Signals(number).name if number is not None else ""
+    by = f" ({name})" if name else ""
+    final = number == signal.SIGTERM
+    if job is None:
+        if number is None:
+            return None
+        return StopReason(ExitClass.PREEMPTED, f"Slurm asked the job to leave{by}", enforced=final)
+    if job.state == "CANCELLED":
+        return StopReason(ExitClass.INTERRUPTED, f"the job was cancelled{by}", enforced=True)
+    if job.state == "PREEMPTED" or (job.preempt_time is not None and job.preempt_time >= (job.start_time or 0.0)):
+        return StopReason(ExitClass.PREEMPTED, f"the job is preempted{by}", enforced=final)
+    if job.state in ("TIMEOUT", "DEADLINE"):
+        return StopReason(ExitClass.TIME_LIMIT, f"the job reached its time limit{by}", enforced=True)
+    if job.state in ("NODE_FAIL", "BOOT_FAIL"):
+        return StopReason(ExitClass.NODE_FAILURE, f"Slurm ended the job for a failed node{by}", enforced=True)
+    if job.is_pending:
+        return StopReason(ExitClass.PREEMPTED, f"the job was queued again from outside{by}", enforced=True)
+    if number is None:
+        return None
+    if job.end_time is not None and job.end_time - now < _NEAR_THE_END_S and number != signal.SIGTERM:
+        return None
+    if job.end_time is not None and job.end_time <= now:
+        return StopReason(ExitClass.TIME_LIMIT, f"the job reached its time limit{by}", enforced=True)
+    return StopReason(ExitClass.PREEMPTED, f"the job was asked to leave{by}", enforced=final)

@@ -1,0 +1,163 @@
+"""Reading what srun says of its tasks, and what Slurm means by a signal. Texts are of Slurm 22.05 as printed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from launchers.lifecycle.exit_class import ExitClass
+from launchers.slurm.backend import meaning_of
+from launchers.slurm.commands import JobInfo, Slurm, SlurmError
+from launchers.slurm.step import SrunRanks, parse_task_ends
+
+SAID = """\
+srun: error: node2: task 3: Segmentation fault
+srun: error: node1: task 1: Exited with exit code 5
+srun: error: node1: task 2: Killed
+srun: error: node[1-4]: tasks 4-6,9: Exited with exit code 85
+srun: error: node7: task 12: Aborted (core dumped)
+srun: error: node8: task 13: Out Of Memory
+srun: error: node1: task 1: Terminated
+srun: Force Terminated StepId=1.0
+srun: error: Node failure on node2
+slurmstepd-node1: error: *** STEP 4.1 ON node1 CANCELLED AT 2026-11-22T14:55:34 ***
+srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
+"""
+
+
+def test_ends_of_tasks_are_read_the_first_word_counts() -> None:
+    expected = {1: 5, 2: 137, 3: 139, 12: 134, 13: -1} | dict.fromkeys((4, 5, 6, 9), 85)
+    assert parse_task_ends(SAID) == expected
+    assert parse_task_ends("") == {}
+
+
+class FakeSlurm:
+    """A controller that does not answer."""
+
+    def step(self, job: int, name: str) -> str | None:
+        raise SlurmError("no answer", transient=True)
+
+
+def start(tmp_path: Path, source: str, **more: Any) -> SrunRanks:
+    """A program in the place of srun, for two nodes with two ranks each."""
+    command = [sys.executable, "-c", "import signal, sys, time\n" + source]
+    return SrunRanks(
+        command,
+        os.environ,
+        tmp_path / "srun.log",
+        slurm=cast(Slurm, FakeSlurm()),
+        job=7,
+        step_name="attempt_0001",
+        nodes=["n1", "n2"],
+        per_node=2,
+        **more,
+    )
+
+
+def follow(ranks: SrunRanks) -> dict[int, tuple[int | None, str | None]]:
+    deadline = time.monotonic() + 60
+    while ranks.num_running():
+        assert time.monotonic() < deadline
+        ranks.wait(0.05)
+    found = {end.rank: (end.code, end.node) for end in ranks.ends()}
+    ranks.close()
+    return found
+
+
+def test_all_tasks_end_well(tmp_path: Path) -> None:
+    assert follow(start(tmp_path, "")) == {0: (0, "n1"), 1: (0, "n1"), 2: (0, "n2"), 3: (0, "n2")}
+
+
+def test_ends_are_known_while_other_tasks_run(tmp_path: Path) -> None:
+    source = """
+stopped = []
+signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
+print("srun: error: n2: task 3: Killed", flush=True)
+while not stopped:
+    time.sleep(0.01)
+print("srun: error: n1: tasks 0-1: Exited with exit code 85", flush=True)
+sys.exit(137)
+"""
+    ranks = start(tmp_path, source)
+    deadline = time.monotonic() + 60
+    while not ranks.ends():
+        assert time.monotonic() < deadline
+        ranks.wait(0.05)
+    assert [(end.rank, end.code, end.node) for end in ranks.ends()] == [(3, 137, "n2")]
+    assert ranks.num_running() == 3
+    ranks.ask_to_stop()  # through srun itself: the controller is silent
+    # Of rank 2 nothing was said: it left without a trace, or told of its end itself.
+    assert follow(ranks) == {0: (85, "n1"), 1: (85, "n1"), 2: (None, "n2"), 3: (137, "n2")}
+
+
+def test_a_kill_is_not_held_up_by_a_node_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launchers.slurm.step._END_AFTER_S", 0.2)
+    source = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("srun: error: n1: task 0: Exited with exit code 1", flush=True)
+time.sleep(600)
+"""
+    ranks = start(tmp_path, source)
+    deadline = time.monotonic() + 60
+    while not ranks.ends():
+        assert time.monotonic() < deadline
+        ranks.wait(0.05)
+    ranks.kill()
+    assert ranks.killed == {1, 2, 3}
+    assert follow(ranks)[0] == (1, "n1")
+
+
+def test_out_of_memory_is_heard(tmp_path: Path) -> None:
+    ranks = start(tmp_path, "print('srun: error: n1: task 1: Out Of Memory'); sys.exit(1)")
+    assert follow(ranks)[1] == (137, "n1")
+    assert ranks.out_of_memory() == {1}
+    said = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.0. Some of your processes may have been killed"
+    ranks = start(tmp_path / "..", f"print({said!r}); print('srun: error: n2: task 2: Killed'); sys.exit(137)")
+    follow(ranks)
+    assert ranks.out_of_memory() == {-1}
+
+
+def test_a_killed_agent_takes_its_node_s_ranks_along(tmp_path: Path) -> None:
+    ranks = start(tmp_path, "print('srun: error: n2: task 1: Killed'); sys.exit(137)", tasks_are_nodes=True)
+    assert follow(ranks) == {0: (None, "n1"), 1: (None, "n1"), 2: (137, "n2"), 3: (137, "n2")}
+
+
+RUNNING = JobInfo(7, "RUNNING", "None", start_time=1000.0, end_time=5000.0)
+
+
+@pytest.mark.parametrize(
+    ("job", "number", "expected", "enforced"),
+    [
+        (replace(RUNNING, state="CANCELLED"), signal.SIGTERM, ExitClass.INTERRUPTED, True),
+        (replace(RUNNING, preempt_time=1500.0), signal.SIGUSR1, ExitClass.PREEMPTED, False),
+        (replace(RUNNING, preempt_time=1500.0), signal.SIGTERM, ExitClass.PREEMPTED, True),
+        (replace(RUNNING, preempt_time=1500.0), None, ExitClass.PREEMPTED, False),
+        (replace(RUNNING, state="TIMEOUT"), signal.SIGTERM, ExitClass.TIME_LIMIT, True),
+        (replace(RUNNING, end_time=1999.0), signal.SIGTERM, ExitClass.TIME_LIMIT, True),
+        (replace(RUNNING, state="PENDING"), signal.SIGTERM, ExitClass.PREEMPTED, True),
+        (replace(RUNNING, state="NODE_FAIL"), signal.SIGTERM, ExitClass.NODE_FAILURE, True),
+        (RUNNING, signal.SIGUSR1, ExitClass.PREEMPTED, False),
+        (None, signal.SIGTERM, ExitClass.PREEMPTED, True),
+    ],
+)
+def test_what_slurm_means(job: JobInfo | None, number: int | None, expected: ExitClass, enforced: bool) -> None:
+    reason = meaning_of(job, number, now=2000.0)
+    assert reason is not None
+    assert (reason.exit_class, reason.enforced) == (expected, enforced)
+
+
+def test_what_needs_no_answer_yet() -> None:
+    # Nobody asked, and the job goes on: the ranks' ends speak for themselves.
+    assert meaning_of(RUNNING, None, now=2000.0) is None
+    assert meaning_of(None, None, now=2000.0) is None
+    # The notice of the time limit: whoever knows the end waits for the moment itself.
+    assert meaning_of(replace(RUNNING, end_time=2100.0), signal.SIGUSR1, now=2000.0) is None
+    # The preemption of an earlier life of the job.
+    assert meaning_of(replace(RUNNING, preempt_time=900.0), None, now=2000.0) is None

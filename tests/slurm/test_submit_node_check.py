@@ -1,0 +1,105 @@
+"""Who is at fault when nodes cannot talk, and one node's task with real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from launchers.slurm.node_check import Registry, judge
+from launchers.slurm.node_task import VARIABLE
+
+NODES = ["a", "b", "c", "d"]
+
+
+def reports(**faults: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    ring = {name: NODES[(i + 1) % 4] for i, name in enumerate(NODES)}
+    return {name: {"node": name, "next": ring[name], **faults.get(name, {})} for name in NODES}
+
+
+def test_healthy_nodes_are_not_blamed() -> None:
+    assert judge(NODES, reports()) == {}
+
+
+def test_silent_node_and_faulty_device_are_named() -> None:
+    found = reports(b={"device_fault": "cuda:1: uncorrectable ECC error"})
+    del found["d"]
+    assert judge(NODES, found) == {
+        "b": "its devices: cuda:1: uncorrectable ECC error",
+        "d": "it did not answer the check while other nodes did",
+    }
+
+
+def test_node_that_breaks_both_its_links_is_told_from_its_neighbours() -> None:
+    found = reports(b={"link_fault": "timed out"}, c={"link_fault": "timed out"})
+    assert list(judge(NODES, found)) == ["c"]
+
+
+def test_of_two_nodes_the_batch_host_stays() -> None:
+    for host, blamed in (("a", "b"), ("b", "a")):
+        found = {"a": {"next": "b", "link_fault": "refused"}, "b": {"next": "a"}}
+        assert list(judge(["a", "b"], found, host=host)) == [blamed]
+
+
+def test_two_separate_faults_are_both_named() -> None:
+    found = reports(a={"link_fault": "x"}, b={"link_fault": "x"}, d={"own_fault": "no interface ib0"})
+    assert set(judge(NODES, found)) == {"b", "d"}
+
+
+def test_check_that_did_not_run_blames_nobody() -> None:
+    assert judge(NODES, {}) == {}
+
+
+def run_tasks(names: list[str], registry: Registry, addresses: dict[str, str], **part: Any) -> list[dict[str, Any]]:
+    whole = {"nodes": addresses, "interface": None, "devices": 0, "registry": registry.address, **part}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launchers.slurm.node_task"],
+            env=os.environ | {VARIABLE: json.dumps(whole), "SLURMD_NODENAME": name},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    return [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+
+
+def test_tasks_send_and_add_up_round_the_ring() -> None:
+    names = ["a", "b", "c"]
+    with Registry("127.0.0.1", names, 30.0) as registry:
+        found = run_tasks(names, registry, dict.fromkeys(names, "127.0.0.1"))
+    assert [report["next"] for report in found] == ["b", "c", "a"]
+    assert all(
+        report["mb_per_s"] > 0 and not {"link_fault", "own_fault", "sum_fault"} & report.keys() for report in found
+    )
+
+
+def test_node_that_never_comes_does_not_hold_the_others_up() -> None:
+    names = ["a", "b", "gone"]
+    with Registry("127.0.0.1", names, 3.0) as registry:
+        found = run_tasks(names[:2], registry, dict.fromkeys(names, "127.0.0.1"))
+    by_name = {report["node"]: report for report in found}
+    assert [report["next"] for report in found] == ["b", "a"]
+    assert list(judge(names, by_name, host="a")) == ["gone"]
+
+
+def test_node_that_cannot_reach_the_batch_host_says_so() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with Registry("127.0.0.1", ["a"], 0.0) as registry:
+            registry.address = closed.getsockname()
+            (report,) = run_tasks(["a"], registry, {"a": "127.0.0.1"})
+    assert "cannot be reached" in report["own_fault"]
+
+
+@pytest.mark.parametrize("interface", ["nosuch0"])
+def test_interface_that_a_node_lacks_is_its_fault(interface: str) -> None:
+    with Registry("127.0.0.1", ["a"], 0.0) as registry:
+        (report,) = run_tasks(["a"], registry, {"a": "127.0.0.1"}, interface=interface)
+    assert "nosuch0" in report["own_fault"]
+    assert "lo" in report["own_fault"]
