@@ -90,8 +90,9 @@ class Evidence:
     """What is known at the end of an attempt.
 
     ``ends`` are the ranks' ends; ``killed_ranks`` those that the supervisor itself killed, ``asked`` whether it asked
-    them to stop before they had all ended, and ``stop`` why, if it was for more than the first rank's failure. ``down_nodes`` are nodes that Slurm says have failed. ``out_of_memory`` are ranks (or
-    -1: some rank) that the kernel or Slurm says were killed for memory.
+    them to stop before they had all ended, and ``stop`` why, if it was for more than the first rank's failure.
+    ``down_nodes`` are nodes that Slurm says have failed. ``out_of_memory`` are ranks (or -1: some rank) that the
+    kernel or Slurm says were killed for memory.
     """
 
     ends: Sequence[RankEnd]

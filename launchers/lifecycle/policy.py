@@ -19,6 +19,18 @@ ALLOCATION_ENDS = frozenset({ExitClass.PREEMPTED, ExitClass.TIME_LIMIT})
 """Ends that take the allocation away: to start again at once is not possible."""
 
 
+ADVICE = {
+    ExitClass.DEVICE_MEMORY: "lower train.micro_batch_size (the result stays the same), or shard or offload more",
+    ExitClass.HOST_MEMORY: "ask for more with cluster.memory_per_node, or offload less",
+    ExitClass.NONFINITE: "look at the batch with `pretrain replay RUN --step N`; health.on_nonfinite=skip or rollback "
+    "passes over such steps",
+    ExitClass.DATA_FAULT: "`pretrain data verify` names all damage; restore the files, or have the rows substituted",
+    ExitClass.TIME_LIMIT: "raise launcher.time_limit",
+    ExitClass.HANG: "the report names the rank that holds the others up",
+}
+"""What a user may do about a class that stopped the run; the other messages say it themselves."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Steps of the run that an attempt completed: from ``first`` (exclusive) to ``last``; None: it never began."""
@@ -112,16 +124,11 @@ def decide(
     if verdict.exit_class in WANTED:
         return Decision("stop", False, (), verdict.reason)
     if action == "stop":
-        return Decision("stop", False, (), f"{verdict.reason}; {name} is stop")
+        return _stop(verdict, f"{name} is stop")
     count = repeats(verdict, progress, history)
     if count >= config.max_repeats:
-        return Decision(
-            "stop",
-            False,
-            (),
-            f"{verdict.reason}; {_times(count)} in a row without a new step (lifecycle.max_repeats is "
-            f"{config.max_repeats}): trying again is no use",
-        )
+        row = f"{_times(count)} in a row without a new step"
+        return _stop(verdict, f"{row} (lifecycle.max_repeats is {config.max_repeats}): trying again is no use")
     used = restarts_used(history)
     if used >= max_restarts:
         spent = (
@@ -129,7 +136,7 @@ def decide(
             if max_restarts == 0
             else f"{used} of launcher.max_restarts = {max_restarts} restarts are used"
         )
-        return Decision("stop", False, (), f"{verdict.reason}; {spent}")
+        return _stop(verdict, spent)
     words = f"{verdict.reason}; {name} is {action}"
     if not place.queue:
         return Decision("restart", True, (), words)
@@ -151,6 +158,11 @@ def decide(
             return Decision("requeue", False, (), f"{words}, but too few nodes are left")
         return Decision("restart", True, (), words)
     return Decision("requeue", False, (), words)
+
+
+def _stop(verdict: Verdict, words: str) -> Decision:
+    advice = ADVICE.get(verdict.exit_class)
+    return Decision("stop", False, (), f"{verdict.reason}; {words}" + (f". What to do: {advice}" if advice else ""))
 
 
 def _times(count: int) -> str:

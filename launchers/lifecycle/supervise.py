@@ -195,7 +195,7 @@ class Supervisor:
                 history,
                 self.config.lifecycle,
                 self.config.launcher.max_restarts,
-                Place(queue=True),
+                Place(queue=True, can_stay=False, can_stay_without=False),
             )
             if decision.action != "stop":
                 # It has been done already: this is the life after it.

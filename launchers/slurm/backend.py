@@ -14,7 +14,9 @@ from launchers.lifecycle.supervise import NodeTrouble, StartError, TooFewNodesEr
 from launchers.run_dir import RunDir
 from launchers.slurm import elastic
 from launchers.slurm.commands import JobInfo, Slurm, SlurmError
+from launchers.slurm.guardian import guarded
 from launchers.slurm.node_check import check_nodes
+from launchers.slurm.nodes import dead_nodes
 from launchers.slurm.start import STEP_NAME, Allocation, AllocationError, rank_command
 from launchers.slurm.step import SrunRanks
 from pretrain.config.launch_schema import SlurmConfig
@@ -23,7 +25,6 @@ from pretrain.config.schema import Config
 _JOB_INTERVAL_S = 30.0
 _NEAR_THE_END_S = 120.0
 """Slurm signals for the time limit up to a minute early."""
-_DEAD = frozenset(["DOWN", "NOT_RESPONDING", "POWERED_DOWN", "POWERING_DOWN", "FAIL", "INVAL"])
 _KILL_WAIT_S = 30.0
 
 
@@ -77,12 +78,11 @@ class SlurmBackend:
         return self._dead(self._used.nodes)
 
     def _dead(self, nodes: Sequence[str]) -> list[str]:
-        """Nodes that Slurm holds for dead; none while it does not answer. A drained node still runs its jobs."""
+        """Nodes that Slurm holds for dead; none while it does not answer."""
         try:
-            infos = self._slurm.nodes(nodes)
+            return dead_nodes(nodes, self._slurm)
         except SlurmError:
             return []
-        return [name for name in nodes if name not in infos or infos[name].states & _DEAD]
 
     def check_nodes(self, run: RunDir, config: Config, attempt: int) -> NodeTrouble | None:
         launcher = config.launcher
@@ -114,7 +114,8 @@ class SlurmBackend:
                 tasks_are_nodes=launcher.start == "torchrun",
             )
         try:
-            yield ranks
+            with guarded(run, config, attempt, self._used):
+                yield ranks
         finally:
             ranks.close()
 

@@ -127,6 +127,15 @@ def unusable(nodes: Sequence[str], slurm: Slurm | None = None) -> dict[str, str]
     }
 
 
+_DEAD = frozenset(["DOWN", "NOT_RESPONDING", "POWERED_DOWN", "POWERING_DOWN", "FAIL", "INVAL"])
+
+
+def dead_nodes(nodes: Sequence[str], slurm: Slurm) -> list[str]:
+    """Nodes that Slurm holds for dead; a drained one still runs its jobs. Raises SlurmError when it does not answer."""
+    infos = slurm.nodes(nodes)
+    return [name for name in nodes if name not in infos or infos[name].states & _DEAD]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launchers.slurm.nodes")
     parser.add_argument("--interface")

@@ -138,10 +138,10 @@ class HealthConfig:
     """What to do at a step whose numbers are bad; all ranks decide alike.
 
     ``on_nonfinite``: loss or gradient norm is not finite. ``on_spike``: the loss stands ``spike_zscore`` robust
-    standard deviations (1.4826 x median absolute deviation) above the median of the last ``spike_window`` good steps;
-    not before so many steps are known. ``skip`` uses up the batch without an update; ``rollback`` goes back to
-    the last checkpoint before the step and trains on without the ``skip_window`` batches that end with the bad one;
-    ``stop`` ends the attempt. After ``max_events`` bad steps of the run the next one stops it.
+    standard deviations (1.4826 x median absolute deviation, at least 0.1 % of the median) above the median of the last
+    ``spike_window`` good steps; not before so many steps are known. ``skip`` leaves the batch out without an update;
+    ``rollback`` goes back to the last checkpoint before the step and trains on without the ``skip_window`` batches that
+    end with the bad one; ``stop`` ends the attempt. After ``max_events`` bad steps of the run the next one stops it.
     """
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = field(default="stop", metadata=EXTENDABLE)

@@ -50,9 +50,6 @@ class TraceCallback(Callback):
             grad_norm=record.grad_norm,
         )
 
-    def on_rollback(self, trainer: Trainer) -> None:
-        self._write(trainer, "start")
-
     def on_end(self, trainer: Trainer, interrupted: bool) -> bool:
         os.close(self._descriptor)
         return False

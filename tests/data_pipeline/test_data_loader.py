@@ -54,6 +54,25 @@ def steps(source: object, layout: tuple[int, int, int, int], start: int, count: 
         return [next(loader) for _ in range(count)]
 
 
+def test_steps_to_skip_are_left_out_unread_in_any_grouping(dataset: Path) -> None:
+    skip = {0, 3, 4, 9}
+    # Row 14 is one of step 3.
+    with StepLoader(CountingSource(fail_at=14), 4, 2, 0, 1, skip=skip) as loader:  # type: ignore[arg-type]
+        seen = [next(loader)[0]["sample_ids"][0] // 4 for _ in range(8)]
+        assert seen == [1, 2, 5, 6, 7, 8, 10, 11]
+        assert loader.state_dict()["samples"] == 12 * 4
+    with StepLoader(CountingSource(num_samples=20), 4, 2, 0, 1, skip={2, 4, 5}) as loader:  # type: ignore[arg-type]
+        assert [step[0]["sample_ids"][0] // 4 for step in loader] == [0, 1, 3]
+    # Text is read several steps at once.
+    config = TextDataConfig(path=str(dataset), sequence_length=24, num_lanes=3)
+    every = steps(config.build(seed=2).train, (4, 2, 1, 2), 0, 40)
+    with StepLoader(config.build(seed=2).train, 4, 2, 1, 2, skip=skip) as loader:
+        for number in (number for number in range(40) if number not in skip):
+            for mine, expected in zip(next(loader), every[number], strict=True):
+                np.testing.assert_array_equal(mine["tokens"], expected["tokens"])
+                np.testing.assert_array_equal(mine["sample_ids"], expected["sample_ids"])
+
+
 def test_any_layout_and_any_restart_give_the_same_global_batches(dataset: Path) -> None:
     config = TextDataConfig(path=str(dataset), sequence_length=24, num_lanes=3)
 

@@ -119,7 +119,9 @@ def test_out_of_memory_is_heard(tmp_path: Path) -> None:
     assert follow(ranks)[1] == (137, "n1")
     assert ranks.out_of_memory() == {1}
     said = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.0. Some of your processes may have been killed"
-    ranks = start(tmp_path / "..", f"print({said!r}); print('srun: error: n2: task 2: Killed'); sys.exit(137)")
+    other = tmp_path / "other"
+    other.mkdir()
+    ranks = start(other, f"print({said!r}); print('srun: error: n2: task 2: Killed'); sys.exit(137)")
     follow(ranks)
     assert ranks.out_of_memory() == {-1}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from support.command import Outcome, pretrain
 from support.faults import fault, faulty
+from support.matrix import rotating
 from support.slurm_cluster import SlurmCluster, wait_until
 from support.slurm_run import SlurmRun
 from support.small_text import small_run
@@ -16,13 +18,18 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 8
 
+one_by_one = pytest.mark.skipif(
+    os.environ.get("PRETRAIN_FULL_MATRIX") != "1",
+    reason="a run meets these faults one after the other in test_slurm_gauntlet.py; each alone: PRETRAIN_FULL_MATRIX=1",
+)
+
 
 @pytest.fixture(scope="module")
 def tiny(data_path: Path) -> list[str]:
     """Two ranks with two micro-batches a step; a checkpoint every two steps."""
     return [
         *small_run(data_path), f"train.steps={STEPS}", "train.micro_batch_size=1", "train.checkpoint_interval=2",
-        "train.eval_interval=0", "lifecycle.heartbeat_interval_s=0.5",
+        "train.async_checkpoints=false", "train.eval_interval=0", "lifecycle.heartbeat_interval_s=0.5",
     ]  # fmt: skip
 
 
@@ -37,6 +44,7 @@ def undisturbed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
     return losses
 
 
+@one_by_one
 @pytest.mark.parametrize(
     ("kind", "exit_class", "action"),
     [("kill", "killed", "restart"), ("raise", "crash", "restart"), ("host_memory", "host_memory", "requeue")],
@@ -57,6 +65,7 @@ def test_device_memory_stops_the_run(slurm: SlurmCluster, tiny: list[str], tmp_p
     assert "train.micro_batch_size" in run.events("attempt_ended")[0]["reason"]
 
 
+@one_by_one
 @pytest.mark.parametrize("kind", ["spin", "lonely_collective"])
 def test_a_rank_that_hangs(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, kind: str) -> None:
     run = SlurmRun(
@@ -66,11 +75,13 @@ def test_a_rank_that_hangs(slurm: SlurmCluster, tiny: list[str], undisturbed: di
     assert run.wait() == [("hang", "restart"), ("finished", "stop")]
     assert run.outcome.losses() == undisturbed
     end = run.events("attempt_ended")[0]
-    assert (end["rank"], end["node"]) == (1, "node2")
     report = Path(end["report"]).read_text()
+    if kind == "spin":
+        assert (end["rank"], end["node"]) == (1, "node2")
+        assert "faulty.py" in report  # where it stands, from its stack
+    else:  # two ranks wait in different collectives: both are named
+        assert "rank 0" in report
     assert "rank 1" in report
-    assert "node2" in report
-    assert "faulty.py" in report  # where it stands, from its stack
 
 
 def test_not_a_number_stops_by_default(slurm: SlurmCluster, tiny: list[str], tmp_path: Path) -> None:
@@ -79,24 +90,32 @@ def test_not_a_number_stops_by_default(slurm: SlurmCluster, tiny: list[str], tmp
     assert max(run.outcome.losses()) == 4
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("policy", rotating([("skip",), ("rollback",)], 1))
 def test_not_a_number_is_passed_over(
-    slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, policy: str
+    slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, policy: tuple[str]
 ) -> None:
     bad = faulty(fault("not_a_number", 5, rank=1))
-    run = SlurmRun(slurm, tmp_path / "run", *tiny, *bad, f"health.on_nonfinite={policy}")
+    run = SlurmRun(slurm, tmp_path / "run", *tiny, *bad, f"health.on_nonfinite={policy[0]}")
     assert run.wait() == [("finished", "stop")]
     losses = run.outcome.losses()
     assert {step: losses[step] for step in range(1, 5)} == {step: undisturbed[step] for step in range(1, 5)}
     # The same policy on the same numbers, without Slurm.
     path = tmp_path / "local"
     result = pretrain(
-        "run", "--run-dir", path, *tiny, *bad, f"health.on_nonfinite={policy}", "launcher.num_processes=2", cwd=tmp_path
+        "run",
+        "--run-dir",
+        path,
+        *tiny,
+        *bad,
+        f"health.on_nonfinite={policy[0]}",
+        "launcher.num_processes=2",
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert str(losses) == str(Outcome(path).losses())  # as text: a skipped step's loss is not a number
 
 
+@one_by_one
 def test_preemption_by_a_job_of_higher_priority(
     slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path
 ) -> None:
@@ -124,6 +143,7 @@ def test_the_time_limit(slurm: SlurmCluster, tiny: list[str], undisturbed: dict,
     assert run.outcome.losses() == undisturbed
 
 
+@one_by_one
 def test_requeued_from_outside(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:
     held = fault("hold", 5, until=tmp_path / "gate")
     run = SlurmRun(slurm, tmp_path / "run", *tiny, *faulty(held))
@@ -136,6 +156,7 @@ def test_requeued_from_outside(slurm: SlurmCluster, tiny: list[str], undisturbed
     assert run.outcome.losses() == undisturbed
 
 
+@one_by_one
 def test_a_node_dies_and_the_run_goes_on_elsewhere(
     slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path
 ) -> None:
@@ -148,6 +169,7 @@ def test_a_node_dies_and_the_run_goes_on_elsewhere(
     assert run.outcome.losses() == undisturbed
 
 
+@one_by_one
 def test_the_batch_host_dies(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:
     run = SlurmRun(slurm, tmp_path / "run", *tiny, *faulty(fault("hold", 5, until=tmp_path / "gate")))
     run.wait_for_step(4)

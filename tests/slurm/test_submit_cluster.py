@@ -192,7 +192,8 @@ if words[0] == "check":
     for attempt in (1, 2):
         run.attempt_path(attempt).mkdir(parents=True)
         faults = check_nodes(config, run, attempt, allocation)
-        (run.path / f"faults_{attempt}").write_text(json.dumps(faults))
+        (run.path / "faults").write_text(json.dumps(faults))
+        (run.path / "faults").rename(run.path / f"faults_{attempt}")
         while attempt == 1 and not (run.path / "go").exists():
             time.sleep(0.05)
 else:
@@ -249,6 +250,21 @@ def test_ranks_get_the_process_contract(slurm: SlurmCluster, tmp_path: Path) -> 
     assert lines == [f"{i} 4 {i % 2} {i // 2} 2 {first} {port} 2 1 node{i // 2 + 1} here" for i in range(4)]
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs to tell them apart")
+def test_ranks_of_a_node_are_bound_to_cores_of_their_own(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run")
+    rank = tmp_path / "rank"
+    rank.write_text("#!/bin/bash\ngrep Cpus_allowed_list /proc/self/status\n")
+    rank.chmod(0o755)
+    with SlurmCluster(1, cpus=2, task_plugin="task/affinity") as cluster:
+        options = ["-N1", "--ntasks-per-node=2"]
+        job = start_step(cluster, run, [str(rank)], options, {}, num_processes=2, num_nodes=1)
+        cluster.wait_for_job(job, "COMPLETED", timeout=TIMEOUT)
+    allowed = [run.rank_log_path(1, i).read_text().split()[-1] for i in range(2)]
+    assert len(set(allowed)) == 2
+    assert all(cpus.isdigit() for cpus in allowed)
+
+
 def test_all_ranks_get_the_signal_that_is_sent_to_the_step(client: Slurm, slurm: SlurmCluster, tmp_path: Path) -> None:
     run = run_directory(tmp_path / "run")
     rank = tmp_path / "rank"
@@ -283,12 +299,12 @@ def test_interface_that_does_not_exist_is_refused(slurm: SlurmCluster, tmp_path:
 def test_node_check_names_the_node_that_died(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = run_directory(tmp_path / "run")
     options = ["-N3", "--ntasks-per-node=1"]
-    job = start_step(slurm, run, ["check"], options, {}, num_processes=3, num_nodes=3, device="cpu")
+    start_step(slurm, run, ["check"], options, {}, num_processes=3, num_nodes=3, device="cpu")
     wait_until(lambda: (run.path / "faults_1").exists(), "the first check", TIMEOUT)
     # Slurm has not noticed yet, as in the seconds after a node's death.
     slurm.kill_node("node2", tell=False)
     (run.path / "go").touch()
-    slurm.wait_for_job(job, "COMPLETED", timeout=TIMEOUT)
+    wait_until(lambda: (run.path / "faults_2").exists(), "the second check", TIMEOUT)
     assert json.loads((run.path / "faults_1").read_text()) == {}
     assert list(json.loads((run.path / "faults_2").read_text())) == ["node2"]
     record = json.loads((run.attempt_path(1) / "node_check.json").read_text())

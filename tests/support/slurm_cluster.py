@@ -50,7 +50,7 @@ SlurmdPidFile={root}/run/slurmd.%n.pid
 SlurmctldLogFile={root}/log/slurmctld.log
 SlurmdLogFile={root}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 SelectType=select/cons_tres
@@ -98,17 +98,26 @@ class SlurmCluster:
 
     Args:
         num_nodes: nodes ``node1`` ... with ``cpus`` CPUs, ``memory_mb`` MB and ``gpus`` fake GPUs each.
+        task_plugin: ``task/affinity`` binds tasks to CPUs; nodes may then claim no more than this machine has.
         extra: further lines of slurm.conf.
     """
 
     def __init__(
-        self, num_nodes: int = 4, *, cpus: int = 8, memory_mb: int = 64000, gpus: int = 0, extra: str = ""
+        self,
+        num_nodes: int = 4,
+        *,
+        cpus: int = 8,
+        memory_mb: int = 64000,
+        gpus: int = 0,
+        task_plugin: str = "task/none",
+        extra: str = "",
     ) -> None:
         self.names = [f"node{i + 1}" for i in range(num_nodes)]
         self.addresses = {name: f"127.0.0.{i + 11}" for i, name in enumerate(self.names)}
         self.root = Path()
         self._size = (cpus, memory_mb, gpus)
         self._extra = extra
+        self._task_plugin = task_plugin
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -202,6 +211,7 @@ class SlurmCluster:
             root=self.root,
             user=getpass.getuser(),
             extra=self._extra,
+            task_plugin=self._task_plugin,
             nodes="\n".join(nodes),
         )
 
