@@ -21,6 +21,7 @@ SLACK_S = 5.0
 
 _RECENT_SAVES = 5
 _RECENT_STEPS = 50
+_STEPS_FOR_ONE_OUTLIER = 4
 _LOOK_BACK_BYTES = 1 << 24
 
 
@@ -50,14 +51,20 @@ class Pace:
             elif record["event"] == "train" and "step_s" in record.get("metrics", {}):
                 self.steps.append(float(record["metrics"]["step_s"]))
 
+    def slow_step_s(self) -> float:
+        """The slowest step of late, but for a single one: a stall that came once would claim a part of every later
+        allocation, while steps that are slow time and again come twice."""
+        slowest = sorted(self.steps, reverse=True)
+        return slowest[1 if len(slowest) >= _STEPS_FOR_ONE_OUTLIER else 0] if slowest else 0.0
+
     def least_s(self) -> float:
         """Seconds that a stop takes by what was measured, without margin; 0 until a save has been measured."""
-        return max(self.saves) + max(self.steps, default=0.0) + SLACK_S if self.saves else 0.0
+        return max(self.saves) + self.slow_step_s() + SLACK_S if self.saves else 0.0
 
     def lead_s(self, config: LifecycleConfig) -> float:
-        """Seconds before the end at which the ranks must be asked: margin x save, the slowest step of late, slack."""
+        """Seconds before the end at which the ranks must be asked: margin x save, a slow step, slack."""
         save = max(self.saves, default=config.first_save_s)
-        return config.save_margin * save + max(self.steps, default=0.0) + SLACK_S
+        return config.save_margin * save + self.slow_step_s() + SLACK_S
 
     def stop_time(self, config: LifecycleConfig, *, began: float, end: float) -> float:
         """Unix time at which to ask, for an allocation that ends at ``end`` and an attempt that began at ``began``.

@@ -35,6 +35,7 @@ _COMMAND_TIMEOUT_S = 20.0
 _PATIENCE_S = STALE_AFTER_S + 4 * HEARTBEAT_INTERVAL_S
 _GONE_AFTER_S = 120.0
 _TELL_S = 15.0
+_ALREADY_QUEUED = "pending execution"
 _INTERRUPTED = 130
 """As a shell has it for an interrupted program. Not 85: sites have jobs with that code queued again."""
 
@@ -175,7 +176,13 @@ def _requeue(slurm: Slurm, job: int, excluded: Sequence[str], launcher_excludes:
     """Raises SlurmError when the job is not in the queue afterwards."""
     info = slurm.job(job)
     if info is None or not info.is_pending:  # else Slurm, or its administrator, has done it already
-        slurm.requeue(job)
+        try:
+            slurm.requeue(job)
+        except SlurmError as error:
+            # The same, while the job's processes are still being ended: it shows as completing, and a second job of
+            # this run must not come of that.
+            if _ALREADY_QUEUED not in str(error).lower():
+                raise
     if not excluded:
         return
     # Slurm has told every process of the job to end, commands that we run included: they may need a second try.

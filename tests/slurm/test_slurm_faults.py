@@ -133,14 +133,16 @@ def test_preemption_by_a_job_of_higher_priority(
 
 
 def test_the_time_limit(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:
-    held = fault("hold", 5, rank=1, until=tmp_path / "gate")
+    """The save is measured in the first life; until then the lead is that of ``first_save_s``, about half the limit."""
     run = SlurmRun(
-        slurm, tmp_path / "run", *tiny, *faulty(held), "launcher.time_limit=1", "lifecycle.first_save_s=15",
+        slurm, tmp_path / "run", *tiny, *faulty(fault("hold", 5, rank=1, until=tmp_path / "gate")),
+        'launcher.time_limit="00:02:00"', "train.checkpoint_interval=0", "lifecycle.first_save_s=30",
     )  # fmt: skip
-    wait_until(lambda: "asked" in run.describe(), "the ranks to be asked to stop", 60)
+    wait_until(lambda: "asked" in run.describe(), "the ranks to be asked to stop", 100)
     (tmp_path / "gate").touch()
     assert run.wait() == [("time_limit", "requeue"), ("finished", "stop")]
     assert run.outcome.losses() == undisturbed
+    assert run.events("attempt_ended")[0]["saved_step"] == 5
 
 
 @one_by_one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,11 @@ def check(subject: Subject) -> Iterator[Finding]:
         manifests: dict[str, Manifest] = data.manifests()
     except (ValueError, OSError) as fault:
         if not any(violation.path.startswith("data") for violation in subject.violations):
-            yield error("data", str(fault), "a prepared data set", "pretrain data prepare, or correct data.path")
+            yield error(
+                "data", str(fault), "a prepared data set, in the edition asked for", "correct data.path, or prepare it"
+            )
+            with contextlib.suppress(ValueError, OSError):  # where the data are others, the first shard that differs
+                yield from _identity(subject)
         return
     substitutes = getattr(data, "on_damage", "stop") == "substitute"
     for name, manifest in manifests.items():
