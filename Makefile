@@ -3,10 +3,12 @@
 #   PYTHON=python3.12   interpreter of the virtual environment (default: python3, 3.11 or newer)
 #   TORCH=auto          build of torch: cpu, cuda, or auto (cuda where nvidia-smi answers)
 #   VENV=.venv          where the virtual environment goes
+#   WORKERS=2           test files that run at the same time
 
 PYTHON ?= python3
 TORCH ?= auto
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
@@ -19,13 +21,14 @@ demo: install
 	$(BIN)/pretrain data prepare stdlib data/stdlib
 	$(BIN)/pretrain run experiment=demo
 
+# A file's tests stay together: they share what the file starts.
 test: install-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# Every layout of both engines with every model, and every move of a checkpoint between layouts, where `make test` takes
-# a subset that changes with the commit: one to two hours on two cores.
+# Every layout of both engines with every model, every move of a checkpoint between layouts and every fault on Slurm by
+# itself, where `make test` takes a subset that changes with the commit: about two hours on two cores.
 test-all: install-dev
-	OMP_NUM_THREADS=1 PRETRAIN_FULL_MATRIX=1 $(BIN)/python -m pytest tests/engines
+	OMP_NUM_THREADS=1 PRETRAIN_FULL_MATRIX=1 $(BIN)/python -m pytest tests/engines tests/slurm
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -79,6 +79,12 @@ class BadData:
             return None
         return DamagedDataError(entry["error"], shard=shard, member=member, byte=entry["byte"])
 
+    def recall(self, folder: Path) -> None:
+        """Take over what all ranks wrote into ``folder`` before; nothing is written there."""
+        if self.substitutes:
+            kept = {_key(entry): entry for entry in read_quarantine(folder)}
+            self._quarantine.entries = {**kept, **self._quarantine.entries}
+
     def keep(self, folder: Path, rank: int) -> None:
         """Take over what all ranks wrote into ``folder`` before, and write what comes to this rank's file there.
 

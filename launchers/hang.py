@@ -20,6 +20,10 @@ from pretrain.config.schema import Config
 _SILENT_AFTER_S = 30.0
 _SILENT_AFTER_INTERVALS = 3.0
 
+# A watcher that polls several times a second and was away for so long was suspended, with its ranks, or its machine
+# stood still. Above the time that a batch system which does not answer holds it up: ranks run on meanwhile.
+_AWAY_S = 25.0
+
 
 @dataclass(frozen=True)
 class Hang:
@@ -63,16 +67,23 @@ class Watch:
         self._seen: dict[int, _Seen] = {}
         self._began: float | None = None
         self._read: float | None = None
+        self._polled: float | None = None
 
     def poll(self, now: float | None = None) -> Hang | None:
         """A hang, once nothing has moved for long enough, else None.
 
-        Cheap: call it in every round of a supervisor; files are read at most twice per heartbeat interval. ``now`` is
-        in seconds of a clock that only grows (default: ``time.monotonic()``).
+        Cheap: call it in every round of a supervisor; files are read at most twice per heartbeat interval. Time in
+        which nobody called it for long is not counted: whatever held up the caller (a batch system that suspends the
+        job, a machine that stands still) may have held up the ranks. ``now`` is in seconds of a clock that only grows
+        (default: ``time.monotonic()``).
         """
         now = time.monotonic() if now is None else now
         if self._began is None:
             self._began = now
+        away_s = min(_AWAY_S, max(1.0, self._lifecycle.hang_timeout_s / 4))
+        if self._polled is not None and now - self._polled > away_s:
+            self._pass_over(now - self._polled)
+        self._polled = now
         if self._read is not None and now - self._read < self._lifecycle.heartbeat_interval_s / 2:
             return None
         self._read = now
@@ -106,6 +117,13 @@ class Watch:
     def beats(self) -> list[Heartbeat]:
         """The last heartbeat of each rank that has told one."""
         return [self._seen[rank].beat for rank in sorted(self._seen)]
+
+    def _pass_over(self, seconds: float) -> None:
+        assert self._began is not None
+        self._began += seconds
+        for seen in self._seen.values():
+            seen.told += seconds
+            seen.moved += seconds
 
     def _take(self, beat: Heartbeat, now: float) -> None:
         known = self._seen.get(beat.rank)

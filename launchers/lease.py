@@ -262,12 +262,15 @@ class Lease:
                 continue  # A file system that stalls or is full may recover; the next beat tries again.
 
     def release(self) -> None:
-        """Gives the run directory back; harmless when repeated or when the lease was lost."""
+        """Gives the run directory back; harmless when repeated or when the lease was lost.
+
+        On a disk that is full it stays: whoever comes next sees that the holder is dead.
+        """
         if self._stop.is_set():
             return
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(FencedError):
+        with contextlib.suppress(FencedError, OSError):
             check_attempt(self.run, self.attempt)
             released = replace(self._holder, heartbeat=time.time(), released=True)
             atomic_write_text(self.run.lease_path, _to_text(released))

@@ -158,8 +158,12 @@ class LocalRanks:
 
     def out_of_memory(self) -> frozenset[int]:
         now = oom_kills()
-        grown = now is not None and self._oom_kills is not None and now > self._oom_kills
-        return frozenset({-1}) if grown else frozenset()
+        if now is None or self._oom_kills is None or now.count <= self._oom_kills.count:
+            return frozenset()
+        if now.anyone_s:
+            # It may have been another's process: only a rank that was killed can have been the one.
+            return frozenset(end.rank for end in self.ends() if end.code == 128 + signal.SIGKILL)
+        return frozenset({-1})
 
     def close(self) -> None:
         """Kills what is left, helpers of ranks that died without cleaning up included."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from launchers.exit_codes import ExitCode, meaning
 from launchers.lease import FencedError, check_attempt
 from launchers.run_dir import RunDir
-from pretrain.tracking.metrics_log import MetricsLog, read_records
+from pretrain.tracking.metrics_log import MetricsLog, recent_records
+
+_LOG_TAIL_BYTES = 65536
 
 
 def record_end(run: RunDir, attempt: int, code: int) -> bool:
@@ -17,8 +20,8 @@ def record_end(run: RunDir, attempt: int, code: int) -> bool:
     ``code`` is the exit code that the launcher returns. Raises FencedError when a later attempt has taken
     over.
     """
-    records = read_records(run.metrics_path) if run.metrics_path.exists() else []
-    own = [record for record in records if record.get("attempt") == attempt]
+    # The end of a long file is enough, and soon read: a batch system may be about to kill this process.
+    own = [record for record in recent_records(run.metrics_path) if record.get("attempt") == attempt]
     if any(record["event"] == "end" for record in own):
         return False
     known: dict[int, str] = {ExitCode.FINISHED: "finished", ExitCode.RESUMABLE: "interrupted"}
@@ -35,7 +38,10 @@ def record_failure(run: RunDir, attempt: int, rank: int, code: int, log_path: Pa
     Other ranks record what that failure did to them, such as a lost connection; this is the cause. Nothing is written
     when a later attempt has taken over.
     """
-    lines = log_path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    lines: list[str] = []
+    with contextlib.suppress(OSError), open(log_path, "rb") as stream:  # a rank that never started has none
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+        lines = stream.read().decode("utf-8", errors="replace").rstrip().splitlines()
     message = f"rank {rank} ended with code {code} ({meaning(code)})" + (f": {lines[-1]}" if lines else "")
     with contextlib.suppress(FencedError), _log(run, attempt) as log:
         log.write("failure", rank=rank, code=code, message=message)

@@ -25,6 +25,9 @@ from pretrain.tracking.run_files import latest_config_file
 __all__ = ["RunDir", "RunDirectoryError", "atomic_write_text"]
 
 
+_CONFIG_IN_THE_MAKING = re.compile(r"\.config\.yaml\..*\.tmp$")
+
+
 class RunDirectoryError(ValueError):
     """The folder cannot serve as this run's directory. The message names what was found and the way out."""
 
@@ -159,24 +162,43 @@ class RunDir:
             if (existing := cls._existing(folder, plain)) is not None:
                 return existing
             _make_folder(folder)
+        run = cls(folder, created=True)
         try:
-            exclusive_write_text(folder / "config.yaml", dump(plain))
+            exclusive_write_text(run.config_path, dump(plain))
         except FileExistsError:
             # Someone froze a configuration here since we looked: the same rules apply to theirs.
             existing = cls._existing(folder, plain)
             assert existing is not None
             return existing
-        run = cls(folder, created=True)
-        for sub_folder in (run.logs_path, run.checkpoints_path, run.artifacts_path):
-            sub_folder.mkdir(exist_ok=True)
+        except OSError as error:
+            run._undo()
+            raise _no_room(run.config_path, error) from error
+        try:
+            for sub_folder in run._first_folders:
+                sub_folder.mkdir(exist_ok=True)
+        except OSError as error:
+            run.config_path.unlink(missing_ok=True)
+            run._undo()
+            raise _no_room(folder, error) from error
         fsync_directory(folder)
         return run
+
+    @property
+    def _first_folders(self) -> tuple[Path, ...]:
+        return (self.logs_path, self.checkpoints_path, self.artifacts_path)
+
+    def _undo(self) -> None:
+        """Leaves no empty folders of a run that could not be made."""
+        for folder in (*self._first_folders, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     @classmethod
     def _existing(cls, folder: Path, tree: dict[str, Any]) -> RunDir | None:
         from pretrain.config.freeze import differences
 
-        if not folder.is_dir() or not any(folder.iterdir()):
+        # A temporary file is of another process that is freezing its configuration here at this moment.
+        if not folder.is_dir() or all(_CONFIG_IN_THE_MAKING.match(entry.name) for entry in folder.iterdir()):
             return None
         if not (folder / "config.yaml").is_file():
             raise RunDirectoryError(
@@ -211,16 +233,19 @@ class RunDir:
 
     # ---- configuration ---------------------------------------------------------------------------
 
+    def revision_path(self, number: int) -> Path:
+        return self.revisions_path / f"{number:04d}.yaml" if number else self.config_path
+
     def revision(self) -> int:
         """Number of the highest frozen revision (0: as created)."""
         return latest_config_file(self.path)[0]
 
-    def config(self) -> dict[str, Any]:
-        """The frozen tree of the highest revision. Raises RunDirectoryError when the file cannot be read."""
+    def config(self, revision: int | None = None) -> dict[str, Any]:
+        """The frozen tree of a revision (None: the highest). Raises RunDirectoryError when it cannot be read."""
         from pretrain.config.components import with_renamed_fields
         from pretrain.config.freeze import load
 
-        path = latest_config_file(self.path)[1]
+        path = latest_config_file(self.path)[1] if revision is None else self.revision_path(revision)
         try:
             return with_renamed_fields(load(path.read_text(encoding="utf-8"), str(path)))
         except (OSError, ValueError) as error:
@@ -234,14 +259,16 @@ class RunDir:
         from pretrain.config.freeze import dump
 
         number = self.revision() + 1
-        self.revisions_path.mkdir(exist_ok=True)
         comments = [f"revision {number}, {_now()}", *(line for c in changes for line in str(c).splitlines())]
         text = "".join(f"# {line}\n" for line in comments) + dump(_plain(tree))
-        target = self.revisions_path / f"{number:04d}.yaml"
+        target = self.revision_path(number)
         try:
+            self.revisions_path.mkdir(exist_ok=True)
             exclusive_write_text(target, text)
         except FileExistsError as error:
             raise RunDirectoryError(f"{target}: just added by another process; read it and try again") from error
+        except OSError as error:
+            raise _no_room(target, error) from error
         return number
 
     # ---- data --------------------------------------------------------------------------------------------------
@@ -340,6 +367,12 @@ class RunDir:
             if first.read_text(encoding="utf-8") != text:
                 self.attempt_path(attempt).mkdir(parents=True, exist_ok=True)
                 atomic_write_text(self.attempt_path(attempt) / file_name, text)
+
+
+def _no_room(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{path}: cannot be written ({error.strerror}); make room, or choose another path or run.root"
+    )
 
 
 def trace_file(folder: Path, rank: int) -> Path:

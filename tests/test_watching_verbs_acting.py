@@ -17,6 +17,7 @@ from support.command import pretrain
 from support.watched_run import WatchedRun
 
 from launchers.lifecycle.journal import read_journal
+from launchers.slurm.commands import SlurmError
 from launchers.watch.state import State
 from launchers.watch.summary import summarise
 from pretrain.cli import main
@@ -252,6 +253,31 @@ def test_cancel_now_says_when_the_supervisor_is_out_of_reach(
     run.held(1, here=False)
     assert main(["cancel", str(run.path), "--now"]) == 1
     assert f"process {os.getpid()} on elsewhere, does not answer" in capsys.readouterr().err
+
+
+def test_a_job_that_was_queued_again_while_it_was_to_stop_leaves_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(cancel, "SLURM_POLL_S", 0.0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = WatchedRun(tmp_path / "demo")
+    run.submitted(7)
+    run.started(1, 7)
+    run.ended(1, "preempted", "requeue")
+    run.journal("requeued", job=7, exclude=[])
+    asked = []
+
+    class Queue:
+        def cancel(self, job: int, *, only_pending: bool) -> None:
+            asked.append((job, only_pending))
+            if len(asked) == 1:
+                raise SlurmError("does not answer")
+
+    monkeypatch.setattr("launchers.slurm.commands.Slurm", Queue)
+    assert cancel._wait(run.path, now=False)
+    assert asked == [(7, True), (7, True)]
+    assert "job 7 taken out of the queue" in capsys.readouterr().out
+    assert read_journal(run.run)[-1]["event"] == "cancelled"
 
 
 def test_there_may_be_nothing_to_cancel(tmp_path: Path, capsys: Capture) -> None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from launchers.exit_codes import ExitCode
-from launchers.lifecycle.exit_class import RankEnd, StopReason
+from launchers.lifecycle.exit_class import STOP_CODES, ExitClass, RankEnd, StopReason
 from launchers.lifecycle.ranks import Ranks
 
 POLL_INTERVAL_S = 0.25
 AFTER_DEATH_S = 15.0
 """A rank that was killed leaves the others no way to save together: they get this long to end, at most."""
+
+_ALLOCATION_ENDS = (ExitClass.PREEMPTED, ExitClass.TIME_LIMIT)
 
 Watcher = Callable[[], StopReason | None]
 """Asked in every round; the first reason that one gives ends the attempt."""
@@ -39,15 +41,15 @@ class Display(Protocol):
 class Attempt:
     """One attempt. ``grace_s``: seconds between asking ranks to stop and killing them.
 
-    ``received`` are signals to this process, appended by its handlers. ``reason_of`` says what one means (None:
-    nothing yet); with ``second_kills`` a second one kills the ranks. A reason that is enforced leaves no more than
-    ``enforced_grace_s``. ``lost`` is set when another process holds the run directory.
+    ``received`` are signals to this process, appended by its handlers. ``reason_of`` says what one means (None: it asks
+    for nothing, and is taken out); with ``second_kills`` a second one kills the ranks. A reason that is enforced leaves
+    no more than ``enforced_grace_s``. ``lost`` is set when another process holds the run directory.
     ``reasons`` may ask for a stop with a checkpoint, ``alarms`` for an end at once.
     """
 
     ranks: Ranks
     grace_s: float
-    received: Sequence[int]
+    received: list[int]
     reason_of: Callable[[int], StopReason | None]
     second_kills: bool = True
     enforced_grace_s: float = 120.0
@@ -103,11 +105,13 @@ class Attempt:
             return
         # Of ranks that end within one look, a death by signal is the cause and the others its consequence.
         self.first_failure = min(failed, key=lambda end: ((end.code or 0) < 128, end.rank))
-        code = self.first_failure.code or 0
+        code, asked = self.first_failure.code or 0, self.asked
         # A rank that saved and left ends with the others: they need time, not a signal amid their last writes.
         if code != ExitCode.RESUMABLE and not self.asked:
             self._ask()
-        self._start_grace(min(self.grace_s, AFTER_DEATH_S) if code > 128 else self.grace_s)
+        self._start_grace(self.grace_s)
+        if code > 128 and not (asked and code in STOP_CODES):  # not one that the request itself struck on its way out
+            self._limit_grace(min(self.grace_s, AFTER_DEATH_S))
 
     def _act_on_signals(self, running: int) -> None:
         if self.second_kills and len(self.received) > 1 and self._heard < len(self.received):
@@ -116,13 +120,16 @@ class Attempt:
             self._kill()
         while self._heard < len(self.received):
             number = self.received[self._heard]
-            self._heard += 1
             # Also with a reason at hand: a batch system that asked first may come to enforce it.
             if (reason := self.reason_of(number)) is None:
+                del self.received[self._heard]  # or it would count for later attempts
                 continue
+            self._heard += 1
             if self.stop is None:
                 more = " (a second signal kills them)" if self.second_kills else ""
                 self._stop(reason, running, signal.Signals(number).name if self.second_kills else reason.words, more)
+            elif reason.exit_class == ExitClass.INTERRUPTED and self.stop.exit_class in _ALLOCATION_ENDS:
+                self.stop = reason  # cancelled since: it must not come back
             elif reason.enforced and not self.stop.enforced:
                 self.stop = replace(self.stop, enforced=True)
             if reason.enforced:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from launchers.exit_codes import ExitCode, meaning
 from launchers.heartbeat import read_heartbeats
 from launchers.lifecycle.attempt import Attempt
 from launchers.lifecycle.end_record import read_end_records
-from launchers.lifecycle.exit_class import Evidence, RankEnd
+from launchers.lifecycle.exit_class import STOP_CODES, Evidence, RankEnd
 from launchers.lifecycle.ranks import Ranks
 from launchers.run_dir import RunDir
 from pretrain.checkpoint.store import CheckpointStore, checkpoint_step
 from pretrain.config.schema import Config
-from pretrain.tracking.metrics_log import MetricsTail, Record
+from pretrain.tracking.metrics_log import recent_records
 
 if TYPE_CHECKING:
     from launchers.lifecycle.supervise import Backend
@@ -31,10 +30,14 @@ def gather(run: RunDir, config: Config, number: int, ranks: Ranks, attempt: Atte
     for rank in range(config.launcher.num_processes):
         end = known.get(rank, RankEnd(rank, None))
         if (record := records.get(rank)) is not None:
+            # What the kernel or Slurm saw is nearer to the truth than what the rank meant to do; but a rank that had
+            # saved and was leaving when it was asked once more has done what it was asked for.
+            had_saved = (
+                attempt.asked and end.code in STOP_CODES and record.code in (ExitCode.RESUMABLE, ExitCode.FINISHED)
+            )
             end = RankEnd(
                 rank,
-                # What the kernel or Slurm saw is nearer to the truth than what the rank meant to do.
-                end.code if end.code is not None else record.code,
+                end.code if end.code is not None and not had_saved else record.code,
                 end.node,
                 record.time,
                 record.message,
@@ -69,12 +72,9 @@ class Steps:
     startup_s: float = 0.0
 
 
-_TAIL_BYTES = 1 << 24
-
-
 def steps_of(run: RunDir, number: int) -> Steps:
     """What the run's records tell of attempt ``number``."""
-    own = [record for record in _recent_records(run.metrics_path) if record.get("attempt") == number]
+    own = [record for record in recent_records(run.metrics_path) if record.get("attempt") == number]
     first = next((record.get("step") for record in own if record["event"] == "start"), None)
     trained = [record["step"] for record in own if record["event"] in ("train", "checkpoint") and "step" in record]
     if first is not None:
@@ -94,13 +94,6 @@ def steps_of(run: RunDir, number: int) -> Steps:
 def _beaten_steps(run: RunDir, number: int) -> list[int]:
     """Last steps by the ranks' heartbeats: records are written every ``train.log_interval`` steps only."""
     return [beat.step for beat in read_heartbeats(run, number) if beat.step is not None]
-
-
-def _recent_records(path: Path) -> list[Record]:
-    """The whole file, or the end of one that is long."""
-    with contextlib.suppress(OSError):
-        return MetricsTail(path, max(0, os.stat(path).st_size - _TAIL_BYTES)).read()
-    return []
 
 
 def describe_failure(rank: int, code: int, log_path: Path, num_lines: int = 25) -> str:

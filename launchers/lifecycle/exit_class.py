@@ -42,6 +42,9 @@ _OF_CODE = {
     ExitCode.NODE_FAULT: ExitClass.NODE_FAILURE,
 }
 
+STOP_CODES = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR1})
+"""Codes of ranks that died of a request to stop: the second signal is the way through srun alone."""
+
 # What says most about the cause comes first: a rank that tells why it ended knows more than one that lost its peers.
 _RANKING = (
     ExitClass.DEVICE_MEMORY,
@@ -158,8 +161,8 @@ def find_cause(evidence: Evidence) -> RankEnd | None:
         for end in evidence.ends
         if end.rank not in evidence.killed_ranks and end.code not in (None, ExitCode.FINISHED, ExitCode.RESUMABLE)
     ]
-    # Ranks asked to stop may die of that very signal when they are caught before they can handle it.
-    explained = {128 + signal.SIGTERM} if evidence.asked or evidence.stop is not None else set()
+    # Ranks asked to stop may die of that very signal when they are caught before, or after, they can handle it.
+    explained = set(STOP_CODES) if evidence.asked or evidence.stop is not None else set()
     if evidence.stop is not None and evidence.stop.enforced:
         explained.add(128 + signal.SIGKILL)
     own = [end for end in own if end.code not in explained]

@@ -9,10 +9,12 @@
                      ``saved_step``, ``rank``, ``node``, ``code``, ``report`` (path); each of the last seven may be
                      null; ``exclude`` (nodes left out from now on)
 ``requeued``         ``job``, ``exclude`` (nodes)
+``exclusion_lifted`` ``nodes``, ``reason``: nodes that the run is let back to
 ``cancel_requested`` ``now`` (bool), ``by``
 ``cancelled``        ``job`` or null
 ``resized``          ``revision``, ``num_nodes``, ``num_processes``; ``full_nodes``, ``full_processes`` (as asked for)
 ``requeue_failed``   ``job``, ``message``: the run waits for its user
+``gave_up``          ``job``, ``message``: so did the supervisor, which could not go on (disk full)
 ==================== ============================================================================================
 
 Appended by whoever acts: the command on a login node, the supervisor of an attempt, ``pretrain cancel``. Lines are
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,6 +52,15 @@ def append(run: RunDir, event: str, **fields: Any) -> Entry:
     finally:
         os.close(descriptor)
     return entry
+
+
+def append_making_room(run: RunDir, ended: int, event: str, /, **fields: Any) -> Entry:
+    """:func:`append` after the end of attempt ``ended``: on a full disk that attempt's signs of life make room."""
+    try:
+        return append(run, event, **fields)
+    except OSError:
+        shutil.rmtree(run.heartbeats_path(ended), ignore_errors=True)
+        return append(run, event, **fields)
 
 
 def read_journal(run: RunDir | Path) -> list[Entry]:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def oom_kills(root: Path = Path("/")) -> int | None:
+@dataclass(frozen=True)
+class OomKills:
+    """``count`` processes that the kernel has killed for memory; ``anyone_s``: those of others on this machine, too."""
+
+    count: int
+    anyone_s: bool = False
+
+
+def oom_kills(root: Path = Path("/")) -> OomKills | None:
     """Processes that the kernel has killed for memory, in this control group or, without one, on this machine.
 
     None where the kernel does not tell.
@@ -16,7 +25,7 @@ def oom_kills(root: Path = Path("/")) -> int | None:
             for line in path.read_text().splitlines():
                 name, _, value = line.partition(" ")
                 if name == "oom_kill":
-                    return int(value)
+                    return OomKills(int(value), anyone_s=path == root / "proc/vmstat")
     return None
 
 

@@ -25,7 +25,7 @@ ADVICE = {
     ExitClass.NONFINITE: "look at the batch with `pretrain replay RUN --step N`; health.on_nonfinite=skip or rollback "
     "passes over such steps",
     ExitClass.DATA_FAULT: "`pretrain data verify` names all damage; restore the files, or have the rows substituted",
-    ExitClass.TIME_LIMIT: "raise launcher.time_limit",
+    ExitClass.TIME_LIMIT: "raise launcher.time_limit: the job ends before a new step is saved",
     ExitClass.HANG: "the report names the rank that holds the others up",
 }
 """What a user may do about a class that stopped the run; the other messages say it themselves."""
@@ -75,24 +75,44 @@ def configured_action(exit_class: ExitClass, config: LifecycleConfig) -> Action:
     return action
 
 
+def since_the_user_s_start(history: Sequence[Entry]) -> list[Entry]:
+    """The ends of attempts since the run last stopped, or its user last submitted it: what is weighed up.
+
+    Something may have been changed then, and the user may have gone back to an older checkpoint.
+    """
+    ended: list[Entry] = []
+    for entry in history:
+        if entry["event"] == "submitted" and entry.get("kind") != "chain":
+            ended = []
+        elif entry["event"] == "attempt_ended":
+            ended = [] if entry["action"] == "stop" else [*ended, entry]
+    return ended
+
+
 def restarts_used(history: Sequence[Entry]) -> int:
-    """Attempts that followed another one by themselves, over the whole life of the run."""
-    return sum(entry["event"] == "attempt_ended" and entry["action"] != "stop" for entry in history)
+    """Attempts that followed a fault by themselves since the user's own start.
+
+    Time limits and preemptions that left new steps are no faults: a long run takes as many jobs as it takes.
+    """
+    ended = since_the_user_s_start(history)
+    return sum(
+        entry["exit_class"] not in ALLOCATION_ENDS or not _made_new_step(entry, ended[:position])
+        for position, entry in enumerate(ended)
+    )
 
 
 def repeats(verdict: Verdict, progress: Progress, history: Sequence[Entry]) -> int:
     """Ends of this class in a row without a new step, this one included; 0 when this attempt made a new step.
 
-    A user's own start (an attempt that follows a stop) begins a new row: something may have been changed.
+    A user's own start begins a new row.
     """
-    ended = [entry for entry in history if entry["event"] == "attempt_ended"]
-    reached = max((entry["last_step"] for entry in ended if entry.get("last_step") is not None), default=-1)
-    if progress.last is not None and progress.last > max(reached, progress.first if progress.first is not None else -1):
+    ended = since_the_user_s_start(history)
+    if _is_new(progress.first, progress.last, ended):
         return 0
     count = 1
     for position in range(len(ended) - 1, -1, -1):
         entry = ended[position]
-        if entry["exit_class"] != verdict.exit_class or entry["action"] == "stop":
+        if entry["exit_class"] != verdict.exit_class:
             break
         count += 1
         if _made_new_step(entry, ended[:position]):
@@ -101,8 +121,12 @@ def repeats(verdict: Verdict, progress: Progress, history: Sequence[Entry]) -> i
 
 
 def _made_new_step(entry: Entry, earlier: Sequence[Entry]) -> bool:
-    last, first = entry.get("last_step"), entry.get("first_step")
-    before = max((e["last_step"] for e in earlier if e.get("last_step") is not None), default=-1)
+    return _is_new(entry.get("first_step"), entry.get("last_step"), earlier)
+
+
+def _is_new(first: int | None, last: int | None, earlier: Sequence[Entry]) -> bool:
+    """Whether an attempt came further than all before it, and than it began."""
+    before = max((entry["last_step"] for entry in earlier if entry.get("last_step") is not None), default=-1)
     return last is not None and last > max(before, first if first is not None else -1)
 
 
@@ -129,14 +153,13 @@ def decide(
     if count >= config.max_repeats:
         row = f"{_times(count)} in a row without a new step"
         return _stop(verdict, f"{row} (lifecycle.max_repeats is {config.max_repeats}): trying again is no use")
+    if max_restarts == 0:
+        return _stop(verdict, "launcher.max_restarts is 0")
     used = restarts_used(history)
-    if used >= max_restarts:
-        spent = (
-            "launcher.max_restarts is 0"
-            if max_restarts == 0
-            else f"{used} of launcher.max_restarts = {max_restarts} restarts are used"
-        )
-        return _stop(verdict, spent)
+    if used >= max_restarts and not (verdict.exit_class in ALLOCATION_ENDS and count == 0):
+        words = f"{used} of launcher.max_restarts = {max_restarts} restarts are used"
+        way = "`pretrain resume` begins the count anew; raise launcher.max_restarts if so many are right"
+        return _stop(verdict, words, way)
     words = f"{verdict.reason}; {name} is {action}"
     if not place.queue:
         return Decision("restart", True, (), words)
@@ -160,8 +183,8 @@ def decide(
     return Decision("requeue", False, (), words)
 
 
-def _stop(verdict: Verdict, words: str) -> Decision:
-    advice = ADVICE.get(verdict.exit_class)
+def _stop(verdict: Verdict, words: str, advice: str | None = None) -> Decision:
+    advice = advice or ADVICE.get(verdict.exit_class)
     return Decision("stop", False, (), f"{verdict.reason}; {words}" + (f". What to do: {advice}" if advice else ""))
 
 

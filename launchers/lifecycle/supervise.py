@@ -9,13 +9,14 @@ step is in the journal.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from launchers.exit_codes import ExitCode
@@ -30,10 +31,12 @@ from launchers.lifecycle.policy import Decision, Place, Progress, decide
 from launchers.lifecycle.ranks import Ranks
 from launchers.outcome import record_end, record_failure
 from launchers.run_dir import RunDir
+from pretrain.config.launch_schema import Action
 from pretrain.config.schema import Config
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
+_TAKE_THE_NODES = (ExitClass.PREEMPTED, ExitClass.TIME_LIMIT, ExitClass.NODE_FAILURE)
 
 _WRITING_S = 3.0
 """Of the time that a batch system leaves, what is kept for the journal and the queue."""
@@ -183,9 +186,18 @@ class Supervisor:
         if not begun or any(entry["event"] == "attempt_ended" for entry in history[begun[-1] :]):
             return None
         last = history[begun[-1]]
-        verdict = self.backend.vanished(last)
+        gave_up = journal.last_entry(history[begun[-1] :], "gave_up")
+        verdict = (
+            Verdict(ExitClass.CRASH, f"the supervisor of attempt {last['attempt']} gave up: {gave_up['message']}")
+            if gave_up is not None
+            else self.backend.vanished(last)
+        )
         steps = steps_of(self.run, last["attempt"])
         own_life = self.backend.queue and last.get("job") == self.backend.job
+        if any(entry["event"] == "cancelled" for entry in history[begun[-1] :]):
+            # Whoever has the job run again all the same overrules that: it was the end of that attempt alone.
+            own_life, words = False, "the job was cancelled, and ended before its ranks had"
+            verdict = Verdict(ExitClass.INTERRUPTED, words)
         if not own_life:
             decision = Decision("stop", False, (), f"{verdict.reason}; its user started the run again")
         else:
@@ -229,14 +241,20 @@ class Supervisor:
         try:
             if trouble := self.backend.check_nodes(run, self.config, number):
                 words = f"the check before training failed: {trouble.words}"
+                if (told := self._told()) is not None:
+                    return self._end_as_told(told, words, history)
                 verdict = Verdict(ExitClass.NODE_FAILURE, words, node=trouble.nodes[0])
                 return self._end(verdict, Steps(), history, None, also_excluded=trouble.nodes[1:])
             with self.backend.start(run, self.config, number, program) as ranks:
                 attempt = self._follow(ranks)
                 evidence = gather(run, self.config, number, ranks, attempt, self.backend)
         except StartError as error:
+            if (told := self._told()) is not None:
+                return self._end_as_told(told, str(error), history)
             return self._end(Verdict(error.exit_class, str(error)), Steps(), history, None)
         verdict = classify(evidence)
+        if verdict.exit_class == ExitClass.INTERRUPTED and evidence.stop is not None and evidence.stop.enforced:
+            self._note_cancelled()  # told by the batch system alone: its signal had not been heard yet
         return self._end(verdict, steps_of(run, number), history, attempt)
 
     def _follow(self, ranks: Ranks) -> Attempt:
@@ -261,7 +279,43 @@ class Supervisor:
 
     def _meaning_of(self, number: int) -> StopReason | None:
         # `pretrain cancel` leaves its wish first and may then send a signal to be heard at once.
-        return self._cancelled() or self.backend.reason_of(number)
+        reason = self._cancelled() or self.backend.reason_of(number)
+        if reason is not None and reason.enforced and reason.exit_class == ExitClass.INTERRUPTED:
+            # At once: the ranks may take longer to end than the batch system leaves this process.
+            self._note_cancelled()
+        return reason
+
+    def _requests(self, attempt: Attempt | None = None) -> Iterator[StopReason]:
+        """What was asked of this process: by its user, by signals, and of ``attempt`` by whoever stopped it."""
+        if attempt is not None and attempt.stop is not None:
+            yield attempt.stop
+        if (reason := self._cancelled()) is not None:
+            yield reason
+        for number in list(self.received):
+            if (reason := self._meaning_of(number)) is not None:
+                yield reason
+
+    def _told(self) -> StopReason | None:
+        """Why this attempt must end before its ranks began, whatever became of its start: a batch system that ends a
+        job strikes the commands that were to start them, too."""
+        asked = [*self._requests()]
+        if (reason := self.backend.reason_of(None)) is not None:
+            asked.append(reason)
+            if reason.enforced and reason.exit_class == ExitClass.INTERRUPTED:
+                self._note_cancelled()
+        return next((reason for reason in asked if reason.exit_class == ExitClass.INTERRUPTED), next(iter(asked), None))
+
+    def _end_as_told(self, told: StopReason, words: str, history: Sequence[journal.Entry]) -> Outcome:
+        down = self.backend.down_nodes(self.config) if told.exit_class == ExitClass.NODE_FAILURE else []
+        node = down[0] if down else told.node
+        verdict = Verdict(told.exit_class, f"{told.words}, before the ranks had started ({words})", node=node)
+        return replace(self._end(verdict, Steps(), history, None), enforced=told.enforced)
+
+    def _note_cancelled(self) -> None:
+        begun_or_cancelled = journal.last_entry(journal.read_journal(self.run), "attempt_started", "cancelled")
+        if begun_or_cancelled is None or begun_or_cancelled["event"] != "cancelled":
+            with contextlib.suppress(OSError):
+                journal.append(self.run, "cancelled", job=self.backend.job)
 
     def _cancelled(self) -> StopReason | None:
         if cancellation.read(self.run) is None:
@@ -306,23 +360,53 @@ class Supervisor:
             config.launcher.max_restarts,
             place,
         )
-        if self.received and decision.at_once:
-            # A signal that came when the ranks had ended already: what it asks for is done.
-            decision = Decision("stop", False, (), f"{decision.reason}; stopped by a signal")
+        decision = self._as_asked(decision, attempt)
         if decision.action == "exclude":
             decision = Decision("exclude", decision.at_once, (*decision.excluded, *also_excluded), decision.reason)
         if rank is not None and code not in (ExitCode.FINISHED, ExitCode.RESUMABLE):
             log = run.rank_log_path(number, rank)
-            record_failure(run, number, rank, code, log)
+            with _as_far_as_possible():
+                record_failure(run, number, rank, code, log)
             say(describe_failure(rank, code, log))
-        record_end(run, number, code)
-        self._write_end(number, verdict, decision, steps)
+        with _as_far_as_possible():
+            record_end(run, number, code)
+        decision = self._record(number, verdict, decision, steps)
         enforced = attempt is not None and attempt.stop is not None and attempt.stop.enforced
         return Outcome(code, verdict, decision, enforced=enforced)
 
+    def _as_asked(self, decision: Decision, attempt: Attempt | None) -> Decision:
+        """What was asked of this process counts more than what an end calls for, as when a rank dies while it saves or
+        a signal comes after the last end: its user's wish to stop, and then a batch system's for the nodes."""
+        if decision.action == "stop":
+            return decision
+        asked = list(self._requests(attempt))
+        for reason in asked:
+            if reason.exit_class == ExitClass.INTERRUPTED:
+                by = "stopped by a signal" if self.received else reason.words
+                return Decision("stop", False, (), f"{decision.reason}; {by}")
+        leave = next((reason for reason in asked if reason.exit_class in _TAKE_THE_NODES), None)
+        if decision.at_once and leave is not None:
+            action: Action = "exclude" if decision.action == "exclude" else "requeue"
+            return Decision(action, False, decision.excluded, f"{decision.reason}, but {leave.words}")
+        return decision
+
+    def _record(self, number: int, verdict: Verdict, decision: Decision, steps: Steps) -> Decision:
+        """Journals the end. What was decided is done also when that fails, but for another attempt on a full disk."""
+        try:
+            self._write_end(number, verdict, decision, steps)
+        except OSError as error:
+            path = self.run.path
+            words = f"{self.run.lifecycle_path} cannot be written ({error.strerror or error})"
+            way = f"Make room there, then continue with: pretrain resume {path}"
+            say(f"error: attempt {number} ended ({verdict.exit_class}: {verdict.reason}), but {words}. {way}")
+            if decision.at_once:
+                return Decision("stop", False, (), f"{verdict.reason}; {words}")
+        return decision
+
     def _write_end(self, number: int, verdict: Verdict, decision: Decision, steps: Steps) -> None:
-        journal.append(
+        journal.append_making_room(
             self.run,
+            number,
             "attempt_ended",
             attempt=number,
             exit_class=str(verdict.exit_class),
@@ -390,15 +474,41 @@ class Deadline:
         return StopReason(ExitClass.TIME_LIMIT, f"the job's time limit is {left:.0f} s away")
 
 
-def excluded_nodes(history: Sequence[journal.Entry]) -> frozenset[str]:
-    """Nodes that this run has been moved away from, since its user last started it by hand."""
-    nodes: set[str] = set()
+@contextlib.contextmanager
+def _as_far_as_possible() -> Iterator[None]:
+    """What metrics.jsonl cannot take on a full disk must not keep the decision from the journal."""
+    try:
+        yield
+    except OSError as error:
+        say(f"the end of the attempt cannot be recorded in metrics.jsonl: {error}")
+
+
+EXCLUSION_S = 24 * 3600.0
+"""For so long a node is left out after it was at fault."""
+
+
+def exclusions(history: Sequence[journal.Entry], now: float) -> dict[str, float]:
+    """Nodes that this run has been moved away from, since its user last started it by hand, and when (unix seconds).
+
+    Those that are a day old at ``now`` are over; what the user asked for stays.
+    """
+    nodes: dict[str, float] = {}
     for entry in history:
+        names, at = entry.get("exclude") or (), float(entry.get("time", now))
         if entry["event"] == "submitted" and entry.get("kind") != "chain":
-            nodes = set(entry.get("exclude") or ())
-        elif entry["event"] in ("requeued", "submitted", "attempt_ended"):
-            nodes |= set(entry.get("exclude") or ())
-    return frozenset(nodes)
+            nodes = dict.fromkeys(names, math.inf)
+        elif entry["event"] == "attempt_ended":
+            nodes |= {name: max(at, nodes.get(name, at)) for name in names}
+        elif entry["event"] in ("requeued", "submitted"):  # which carry on what ends of attempts have said
+            nodes = dict.fromkeys(names, at) | nodes
+        elif entry["event"] == "exclusion_lifted":
+            nodes = {name: since for name, since in nodes.items() if name not in entry["nodes"]}
+    return {name: since for name, since in nodes.items() if now - since < EXCLUSION_S}
+
+
+def excluded_nodes(history: Sequence[journal.Entry]) -> frozenset[str]:
+    """Nodes that this run is kept away from now (see :func:`exclusions`)."""
+    return frozenset(exclusions(history, time.time()))
 
 
 def _exit_code(verdict: Verdict, first_failure: int | None) -> int:
@@ -424,4 +534,5 @@ __all__ = [
     "TooFewNodesError",
     "default_program",
     "excluded_nodes",
+    "exclusions",
 ]

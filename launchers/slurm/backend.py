@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from launchers.lifecycle import cancellation
 from launchers.lifecycle.exit_class import ExitClass, StopReason, Verdict
 from launchers.lifecycle.journal import Entry
 from launchers.lifecycle.ranks import Ranks
@@ -19,13 +22,16 @@ from launchers.slurm.node_check import check_nodes
 from launchers.slurm.nodes import dead_nodes
 from launchers.slurm.start import STEP_NAME, Allocation, AllocationError, rank_command
 from launchers.slurm.step import SrunRanks
+from launchers.slurm.submit import latest_script
 from pretrain.config.launch_schema import SlurmConfig
 from pretrain.config.schema import Config
 
 _JOB_INTERVAL_S = 30.0
-_NEAR_THE_END_S = 120.0
-"""Slurm signals for the time limit up to a minute early."""
+_NOTICE_SLACK_S = 75.0
+"""Slurm looks at time limits once a minute, so that its notice comes up to so much before the asked moment."""
+_NOTICE = re.compile(r"^#SBATCH\s+--signal[= ]\S*@(\d+)", re.MULTILINE)
 _KILL_WAIT_S = 30.0
+_TRY_AGAIN_S = 1.0
 
 
 class SlurmBackend:
@@ -35,13 +41,16 @@ class SlurmBackend:
     queue = True
     second_signal_kills = False
 
-    def __init__(self, allocation: Allocation, slurm: Slurm) -> None:
+    def __init__(self, allocation: Allocation, slurm: Slurm, received: Sequence[int] = ()) -> None:
         self.allocation = allocation
         self.job: int | None = allocation.job
         self._slurm = slurm
+        self._received = received
         self._info: JobInfo | None = None
         self._used = allocation
         self._asked = 0.0
+        self._answered = False
+        self._notice_s = 0.0
         self.kill_wait_s = _KILL_WAIT_S
         with contextlib.suppress(SlurmError, ValueError, KeyError):
             self.kill_wait_s = float(slurm.config()["KillWait"].split()[0])
@@ -49,6 +58,7 @@ class SlurmBackend:
     # ---- the attempt's nodes -----------------------------------------------------------------------------------------
 
     def prepare(self, run: RunDir, config: Config, excluded: frozenset[str]) -> Config:
+        self._notice_s = notice_s(run.path)
         left = self._left(excluded)
         adapted = elastic.adapt(run, config, len(left.nodes))
         if adapted is None:
@@ -90,7 +100,14 @@ class SlurmBackend:
         if not launcher.node_check:
             return None
         with _as_start_error():
-            faults = check_nodes(config, run, attempt, self._used)
+            heard = len(self._received)
+            faults = check_nodes(
+                config,
+                run,
+                attempt,
+                self._used,
+                stopped=lambda: len(self._received) > heard or cancellation.read(run) is not None,
+            )
         if not faults:
             return None
         return NodeTrouble(tuple(faults), "; ".join(f"{node}: {reason}" for node, reason in faults.items()))
@@ -126,8 +143,10 @@ class SlurmBackend:
         now = time.monotonic()
         if self._info is None or now - self._asked >= max_age_s:
             self._asked = now
+            self._answered = False
             with contextlib.suppress(SlurmError):
                 self._info = self._slurm.job(self.allocation.job) or self._info
+                self._answered = True
         return self._info
 
     def end_time(self) -> float | None:
@@ -135,19 +154,22 @@ class SlurmBackend:
         return info.end_time if info is not None else None
 
     def reason_of(self, number: int | None) -> StopReason | None:
-        return meaning_of(self.info(), number, time.time())
+        # Slurm tells every process of the job to end, commands that we run included: the first may be struck by it.
+        began, info = time.monotonic(), self.info()
+        while number in (signal.SIGTERM, None) and not self._answered and time.monotonic() - began < _TRY_AGAIN_S:
+            time.sleep(0.1)
+            info = self.info()
+        return meaning_of(info, number, time.time(), self.allocation.restarts, self._notice_s)
 
     def vanished(self, started: Entry) -> Verdict:
-        host = self._batch_host_of(started)
+        nodes = [str(node) for node in started.get("nodes") or []]
         words = f"the supervisor of attempt {started['attempt']} vanished"
-        if host is not None and self._dead([host]):
-            return Verdict(ExitClass.NODE_FAILURE, f"{words} with its node {host}", node=host)
+        # Without --no-kill any node's death ends the job, at times before its supervisor can write that down. The
+        # batch script runs on the first node of a job, which an attempt leaves out only when it is at fault.
+        if dead := self._dead(nodes):
+            how = f"with its node {dead[0]}" if dead[0] == nodes[0] else f"when node {dead[0]} failed"
+            return Verdict(ExitClass.NODE_FAILURE, f"{words} {how}", node=dead[0])
         return Verdict(ExitClass.PREEMPTED, f"{words}: Slurm ended the job before its end was recorded")
-
-    def _batch_host_of(self, started: Entry) -> str | None:
-        """The batch script runs on the first node of a job, which an attempt leaves out only when it is at fault."""
-        nodes = started.get("nodes") or []
-        return nodes[0] if nodes else None
 
 
 @contextlib.contextmanager
@@ -162,9 +184,22 @@ def _as_start_error() -> Iterator[None]:
         raise StartError(f"srun cannot be started: {error}", ExitClass.CRASH) from error
 
 
-def meaning_of(job: JobInfo | None, number: int | None, now: float) -> StopReason | None:
+def notice_s(run_path: Path) -> float:
+    """Seconds before its end at which the run's last batch script asks Slurm for a signal; 0 if it asks for none."""
+    try:
+        text = latest_script(run_path).read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
+        return 0.0
+    return max((float(found) for found in _NOTICE.findall(text)), default=0.0)
+
+
+def meaning_of(
+    job: JobInfo | None, number: int | None, now: float, life: int = 0, notice_s: float = 0.0
+) -> StopReason | None:
     """What Slurm means by a signal to the batch script; ``number`` None: whether Slurm is about to end the job.
 
+    ``life`` is how often the job had been queued again when this script began; ``notice_s`` how many seconds before
+    its end Slurm was asked to signal it.
     None: nothing to be done now. The notice of the time limit comes early and rounded to minutes; whoever knows the
     job's end waits for the moment itself.
     """
@@ -175,19 +210,19 @@ def meaning_of(job: JobInfo | None, number: int | None, now: float) -> StopReaso
         if number is None:
             return None
         return StopReason(ExitClass.PREEMPTED, f"Slurm asked the job to leave{by}", enforced=final)
-    if job.state == "CANCELLED":
+    if job.is_cancelled(life):
         return StopReason(ExitClass.INTERRUPTED, f"the job was cancelled{by}", enforced=True)
-    if job.state == "PREEMPTED" or (job.preempt_time is not None and job.preempt_time >= (job.start_time or 0.0)):
+    if job.is_preempted:
         return StopReason(ExitClass.PREEMPTED, f"the job is preempted{by}", enforced=final)
-    if job.state in ("TIMEOUT", "DEADLINE"):
+    if job.state in ("TIMEOUT", "DEADLINE") or (job.state == "COMPLETING" and job.reason == "TimeLimit"):
         return StopReason(ExitClass.TIME_LIMIT, f"the job reached its time limit{by}", enforced=True)
-    if job.state in ("NODE_FAIL", "BOOT_FAIL"):
+    if job.lost_a_node:
         return StopReason(ExitClass.NODE_FAILURE, f"Slurm ended the job for a failed node{by}", enforced=True)
-    if job.is_pending:
+    if job.is_requeued(life):
         return StopReason(ExitClass.PREEMPTED, f"the job was queued again from outside{by}", enforced=True)
     if number is None:
         return None
-    if job.end_time is not None and job.end_time - now < _NEAR_THE_END_S and number != signal.SIGTERM:
+    if job.end_time is not None and job.end_time - now < notice_s + _NOTICE_SLACK_S and number != signal.SIGTERM:
         return None
     if job.end_time is not None and job.end_time <= now:
         return StopReason(ExitClass.TIME_LIMIT, f"the job reached its time limit{by}", enforced=True)

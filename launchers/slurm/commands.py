@@ -105,7 +105,8 @@ class Slurm:
         first = output.strip().splitlines()[-1].partition(";")[0] if output.strip() else ""
         if not first.isdigit():
             raise SlurmError(
-                f"sbatch printed {output.strip()!r}, expected a job id; look for the job with `squeue --me`"
+                f"sbatch printed {output.strip()!r}, expected a job id; look for the job with `squeue --me`",
+                transient=True,
             )
         return int(first)
 
@@ -146,6 +147,12 @@ class Slurm:
             )
             jobs.append(info)
         return jobs
+
+    def jobs_of_script(self, script: str | Path) -> list[int]:
+        """This user's jobs whose batch script was the file ``script``, as long as the controller knows them."""
+        output = self._run("squeue", "-h", "--me", "--states=all", "-o", "%A|%o")
+        pairs = (line.partition("|") for line in output.splitlines())
+        return sorted({int(job) for job, _, command in pairs if command.strip() == str(script) and job.isdigit()})
 
     def squeue(self, form: str, jobs: Iterable[str]) -> str:
         """Lines in squeue's format ``form`` about ``jobs``, ended ones too as long as the controller knows them."""
@@ -316,6 +323,8 @@ class Slurm:
         return result.stdout
 
 
+_NEVER = ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_TEST_ONLY")
+"""Variables that change what a submission is: whether the job comes back, how many jobs it is, when sbatch returns."""
 _ENVIRONMENT_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
 
 
@@ -326,7 +335,7 @@ def _overruling(script: Path) -> tuple[str, ...]:
     except OSError:
         return ()  # sbatch says it better
     found = (match.group(1) for line in lines if (match := re.match(r"#SBATCH\s+--([a-z-]+)", line)))
-    return tuple(f"SBATCH_{_ENVIRONMENT_NAMES.get(name, name.upper().replace('-', '_'))}" for name in found)
+    return (*_NEVER, *(f"SBATCH_{_ENVIRONMENT_NAMES.get(name, name.upper().replace('-', '_'))}" for name in found))
 
 
 def _is_of_job(name: str) -> bool:
@@ -338,9 +347,11 @@ def _failure(command: str, code: int, said: str) -> SlurmError:
     lowered = said.lower()
     ways = [way for words, way in _WAYS_OUT if words in lowered]
     lines = "; ".join(dict.fromkeys(_unadorned(line) for line in said.splitlines() if line.strip()))
+    ending = f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
     return SlurmError(
-        f"`{command}` ended with code {code}: {lines or 'no message'}" + (f". What to do: {ways[0]}" if ways else ""),
-        transient=any(words.lower() in lowered for words in _TRANSIENT),
+        f"`{command}` {ending}: {lines or 'no message'}" + (f". What to do: {ways[0]}" if ways else ""),
+        # Killed: a job that ends takes the commands that it runs along, and says nothing about what they asked.
+        transient=code < 0 or any(words.lower() in lowered for words in _TRANSIENT),
     )
 
 

@@ -1,9 +1,9 @@
 """A watch on the batch host, kept on another node of the job: ``python -m launchers.slurm.guardian RUN_DIR ...``.
 
-Jobs run with ``--no-kill``, so that the supervisor may go on without a node that dies. Slurm then keeps the job, too,
-when the node that dies is the batch host: nobody would supervise it up to its time limit. The guardian sees that the
-supervisor's lease is no longer renewed, asks Slurm whether the batch host is dead, and if so queues the job again. A
-lease that stands still for another reason, such as a file system that stalls, is left alone. Torch-free.
+Jobs of elastic runs have ``--no-kill``, so that the supervisor may go on without a node that dies. Slurm then keeps the
+job, too, when the node that dies is the batch host: nobody would supervise it up to its time limit. The guardian sees
+that the supervisor's lease is no longer renewed, asks Slurm whether the batch host is dead, and if so queues the job
+again. A lease that stands still for another reason, such as a file system that stalls, is left alone. Torch-free.
 """
 
 from __future__ import annotations
@@ -90,16 +90,15 @@ def guarded(run: RunDir, config: Config, attempt: int, used: Allocation) -> Iter
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    try:
-        yield
-    finally:
-        # Whatever becomes of its task: it ends by itself when it sees the attempt's lease released or replaced.
-        process.terminate()
-        try:
-            process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    # Never ended from here. A supervisor whose node is dying may get as far as leaving this, and srun, asked to end,
+    # would take the guardian along in the moment that it is for. It ends by itself when it sees the attempt's lease
+    # released or replaced, at the latest with the job.
+    _started[:] = [earlier for earlier in _started if earlier.poll() is None] + [process]
+    yield
+
+
+_started: list[subprocess.Popen[bytes]] = []
+"""Kept so that ended ones are reaped."""
 
 
 def main() -> int:

@@ -7,6 +7,9 @@ chains a new one, or ends it. Nothing is composed here: the frozen configuration
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import signal
 import sys
 import time
@@ -15,16 +18,17 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.exit_codes import ExitCode
-from launchers.lease import HEARTBEAT_INTERVAL_S, STALE_AFTER_S, FencedError, Lease, LeaseHeldError
+from launchers.lease import HEARTBEAT_INTERVAL_S, STALE_AFTER_S, FencedError, Lease, LeaseHeldError, current_holder
 from launchers.lifecycle import cancellation, journal
 from launchers.lifecycle.attempt import say
 from launchers.lifecycle.exit_class import ExitClass
-from launchers.lifecycle.supervise import Outcome, Supervisor, default_program, excluded_nodes
+from launchers.lifecycle.supervise import Outcome, Supervisor, default_program
 from launchers.outcome import tell_tracker
 from launchers.run_dir import RunDir, RunDirectoryError
 from launchers.slurm.backend import SlurmBackend
 from launchers.slurm.commands import Slurm, SlurmError
 from launchers.slurm.elastic import at_full_size
+from launchers.slurm.exclusion import readmit, settle
 from launchers.slurm.start import Allocation, AllocationError
 from launchers.slurm.submit import submit
 from pretrain.config.check import check
@@ -53,9 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # From the first moment to the last: Slurm's default for all of these is to end the process.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, remember)
+    run: RunDir | None = None
     try:
         run = RunDir.open(arguments.run_dir)
         config = check(run.config())
+        if not isinstance(config.launcher, SlurmConfig):
+            raise RunDirectoryError(
+                f"{run.path}: this job is of no use any more: the run has since been continued with "
+                f"launcher={config.launcher.name}. To have it on Slurm again: pretrain resume {run.path} launcher=slurm"
+            )
         slurm = Slurm(timeout_s=_COMMAND_TIMEOUT_S)
         allocation = Allocation.read(slurm=slurm)
         return _supervise(run, config, slurm, allocation, received)
@@ -69,6 +79,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(f"error: {error}")
         return int(ExitCode.INVALID_INPUT)
+    except OSError as error:
+        return _gave_up(run, arguments.run_dir, error)
+
+
+def _gave_up(run: RunDir | None, path: Path, error: OSError) -> int:
+    """The run directory, or this node, takes no more files: nothing can be supervised, and that is said for later."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = f"{error.filename or path}: {error.strerror or error}"
+    way = "Make room there" if full else "See that this node can read and write there"
+    say(f"error: {what}. {way}, then continue with: pretrain resume {path}")
+    if run is not None:
+        with contextlib.suppress(OSError, ValueError):
+            holder = current_holder(run)
+            job = os.environ.get("SLURM_JOB_ID", "")
+            journal.append_making_room(
+                run,
+                holder.attempt if holder is not None else 0,
+                "gave_up",
+                job=int(job) if job.isdigit() else None,
+                message=what,
+            )
+            tell_tracker(run, timeout_s=_TELL_S)
+    return int(ExitCode.FAILED)
 
 
 def _supervise(run: RunDir, config: Config, slurm: Slurm, allocation: Allocation, received: list[int]) -> int:
@@ -81,9 +114,10 @@ def _supervise(run: RunDir, config: Config, slurm: Slurm, allocation: Allocation
             f"run directory {run.path}, job {job}, attempt {lease.attempt}, nodes {', '.join(allocation.nodes)}"
             + (f", queued again {allocation.restarts} time(s)" if allocation.restarts else "")
         )
+        readmit(run, config, allocation)
         supervisor = Supervisor(
             run,
-            SlurmBackend(allocation, slurm),
+            SlurmBackend(allocation, slurm, received),
             lease,
             config,
             program=default_program(run),
@@ -100,10 +134,10 @@ def _supervise(run: RunDir, config: Config, slurm: Slurm, allocation: Allocation
     if outcome.decision.action == "stop":
         tell_tracker(run)
     else:
-        return _back_to_queue(run, supervisor.config, slurm, job, outcome)
+        return _back_to_queue(run, supervisor.config, slurm, allocation, outcome)
+    if outcome.verdict.exit_class != ExitClass.FINISHED and cancellation.read(run) is not None:
+        return _cancelled(run, slurm, job)
     if outcome.verdict.exit_class == ExitClass.INTERRUPTED:
-        if cancellation.read(run) is not None:
-            return _cancelled(run, slurm, job)
         return _INTERRUPTED
     code = outcome.code
     finished = outcome.verdict.exit_class == ExitClass.FINISHED
@@ -130,6 +164,7 @@ def acquire(run: RunDir, allocation: Allocation, patience_s: float = _PATIENCE_S
 def _cancelled(run: RunDir, slurm: Slurm, job: int) -> int:
     """Ends the job as what it is. The wish stays in the run directory until a user starts the run again."""
     journal.append(run, "cancelled", job=job)
+    tell_tracker(run, timeout_s=_TELL_S)
     say(f"cancelled; continue with: pretrain resume {run.path}")
     try:
         slurm.cancel(job)
@@ -139,17 +174,26 @@ def _cancelled(run: RunDir, slurm: Slurm, job: int) -> int:
     return _INTERRUPTED
 
 
-def _back_to_queue(run: RunDir, config: Config, slurm: Slurm, job: int, outcome: Outcome) -> int:
+def _back_to_queue(run: RunDir, config: Config, slurm: Slurm, allocation: Allocation, outcome: Outcome) -> int:
     """Queues the run again, by this job's id or in a new job; the process is ended by it."""
-    launcher = config.launcher
+    launcher, job, life = config.launcher, allocation.job, allocation.restarts
     assert isinstance(launcher, SlurmConfig)
-    excluded = sorted(excluded_nodes(journal.read_journal(run)) | set(outcome.decision.excluded))
+    if cancellation.read(run) is not None:  # while the ranks saved
+        return _cancelled(run, slurm, job)
+    if _is_cancelled(slurm, job, life):
+        return _stays_cancelled(run, job)
+    excluded = settle(run, config, slurm, job)
     if launcher.requeue_by == "requeue":
         # Before it happens: afterwards there may be no time left to write it.
-        journal.append(run, "requeued", job=job, exclude=excluded)
+        try:
+            journal.append(run, "requeued", job=job, exclude=excluded)
+        except OSError as error:  # there may be room again by the time the job runs
+            say(f"that job {job} is queued again cannot be recorded: {error}")
         _tell_in_time(run, outcome)
         try:
-            _requeue(slurm, job, excluded, launcher_excludes=config.cluster.exclude)
+            _requeue(slurm, job, excluded, launcher_excludes=config.cluster.exclude, life=life)
+        except JobCancelledError:
+            return _stays_cancelled(run, job)
         except SlurmError as error:
             say(f"job {job} cannot be queued again ({error}); submitting a new one")
         else:
@@ -160,6 +204,7 @@ def _back_to_queue(run: RunDir, config: Config, slurm: Slurm, job: int, outcome:
     except (SlurmError, RunDirectoryError, ValueError) as error:
         say(f"error: the run could not be queued again: {error}\nContinue it with: pretrain resume {run.path}")
         journal.append(run, "requeue_failed", job=job, message=str(error))
+        _tell_in_time(run, outcome)
         return int(ExitCode.FAILED)
     say(f"job {new} continues this run")
     _tell_in_time(run, outcome)
@@ -167,14 +212,37 @@ def _back_to_queue(run: RunDir, config: Config, slurm: Slurm, job: int, outcome:
 
 
 def _tell_in_time(run: RunDir, outcome: Outcome) -> None:
-    """Tells the tracker that the run waits again, unless Slurm leaves no time for it; then the next life does."""
+    """Tells the tracker that the run waits again, in the queue or for its user, unless Slurm leaves no time for it;
+    then the next life does."""
     if not outcome.enforced:
         tell_tracker(run, timeout_s=_TELL_S)
 
 
-def _requeue(slurm: Slurm, job: int, excluded: Sequence[str], launcher_excludes: Sequence[str]) -> None:
-    """Raises SlurmError when the job is not in the queue afterwards."""
+class JobCancelledError(RuntimeError):
+    """Someone has ended this job for good: it must not come back."""
+
+
+def _is_cancelled(slurm: Slurm, job: int, life: int) -> bool:
+    try:
+        info = slurm.job(job)
+    except SlurmError:
+        return False  # who cannot be asked does not take a requeue either
+    return info is not None and info.is_cancelled(life)
+
+
+def _stays_cancelled(run: RunDir, job: int) -> int:
+    """A cancelled job would take a requeue and run once more, against the will of whoever cancelled it."""
+    journal.append(run, "cancelled", job=job)
+    say(f"job {job} was cancelled meanwhile; continue with: pretrain resume {run.path}")
+    tell_tracker(run, timeout_s=_TELL_S)
+    return _INTERRUPTED
+
+
+def _requeue(slurm: Slurm, job: int, excluded: Sequence[str], launcher_excludes: Sequence[str], life: int = 0) -> None:
+    """Raises SlurmError when the job is not in the queue afterwards, JobCancelledError when it was cancelled."""
     info = slurm.job(job)
+    if info is not None and info.is_cancelled(life):
+        raise JobCancelledError(f"job {job} was cancelled")
     if info is None or not info.is_pending:  # else Slurm, or its administrator, has done it already
         try:
             slurm.requeue(job)
@@ -183,7 +251,7 @@ def _requeue(slurm: Slurm, job: int, excluded: Sequence[str], launcher_excludes:
             # this run must not come of that.
             if _ALREADY_QUEUED not in str(error).lower():
                 raise
-    if not excluded:
+    if not excluded and (info is None or not set(info.excluded) - set(launcher_excludes)):
         return
     # Slurm has told every process of the job to end, commands that we run included: they may need a second try.
     deadline = time.monotonic() + 10.0
@@ -193,7 +261,7 @@ def _requeue(slurm: Slurm, job: int, excluded: Sequence[str], launcher_excludes:
             return
         except SlurmError as error:
             if time.monotonic() > deadline:
-                say(f"job {job} is queued again, but may come back to {', '.join(excluded)}: {error}")
+                say(f"job {job} is queued again, but its excluded nodes cannot be changed ({error})")
                 return
             time.sleep(0.1)
 

@@ -19,22 +19,30 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launchers.lifecycle.attempt import say
 from launchers.run_dir import RunDir, atomic_write_text
-from launchers.slurm.node_task import DEVICE_TIMEOUT_S, LINK_TIMEOUT_S, START_TIMEOUT_S, VARIABLE
+from launchers.slurm.node_task import DEVICE_TIMEOUT_S, LINK_TIMEOUT_S, PATIENCE_S, VARIABLE
 
 if TYPE_CHECKING:
     from launchers.slurm.start import Allocation
     from pretrain.config.schema import Config
 
 
-def check_nodes(config: Config, run: RunDir, attempt: int, allocation: Allocation) -> dict[str, str]:
+def check_nodes(
+    config: Config,
+    run: RunDir,
+    attempt: int,
+    allocation: Allocation,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
     """The nodes of ``allocation`` that must not take part in an attempt, each with the reason; empty when all may.
 
     Writes ``node_check.json`` beside the attempt's logs, with the speed of each link. A check that failed as a whole,
-    such as srun refusing to start anything, blames nobody: the start of the ranks will tell. Raises AllocationError
+    such as srun refusing to start anything, blames nobody: the start of the ranks will tell. Neither does one that
+    ``stopped`` cut short, for a run that is to stop must not wait for a slow node. Raises AllocationError
     when the batch host has no address for the others, SlurmError when Slurm does not answer.
     """
     from launchers.slurm.commands import Slurm
@@ -52,8 +60,10 @@ def check_nodes(config: Config, run: RunDir, attempt: int, allocation: Allocatio
         addresses = {name: info.address for name, info in infos.items()}
         table = {name: None if interface else node_address(name, addresses) for name in alive}
         own = interface_address(interface) if interface else node_address(allocation.host, addresses)
-        limit = START_TIMEOUT_S + 2 * LINK_TIMEOUT_S + (DEVICE_TIMEOUT_S if devices else 0.0)
-        with Registry(own, alive, START_TIMEOUT_S) as registry:
+        # A cold file system may keep an interpreter for minutes: that is slow, not broken, up to what a start may take.
+        start_s = config.lifecycle.startup_timeout_s
+        limit = start_s + 2 * LINK_TIMEOUT_S + (DEVICE_TIMEOUT_S if devices else 0.0)
+        with Registry(own, alive, min(PATIENCE_S, start_s)) as registry:
             part = {"nodes": table, "interface": interface, "devices": devices, "registry": registry.address}
             result = run_on_nodes(
                 allocation.job,
@@ -61,11 +71,15 @@ def check_nodes(config: Config, run: RunDir, attempt: int, allocation: Allocatio
                 [*_container(config), config.cluster.python or sys.executable, "-m", "launchers.slurm.node_task"],
                 timeout_s=limit,
                 environment={VARIABLE: json.dumps(part)},
+                stopped=stopped,
             )
         for text in result.output.values():
             reports |= {report["node"]: report for report in _reports(text)}
         error, named = result.error, named_in(result.error, alive)
-    faults = down | judge(alive, reports, named, allocation.host)
+    for name, report in reports.items():
+        if report.get("late_s"):
+            say(f"node {name} came to the node check {report['late_s']:.0f} s late: slow to start, its links not tried")
+    faults = {} if stopped() else down | judge(alive, reports, named, allocation.host)
     record = {
         "seconds": round(time.monotonic() - began, 3),
         "faults": faults,
@@ -112,12 +126,14 @@ def judge(
 class Registry:
     """Where tasks tell their addresses and learn the others': a small server of the supervisor.
 
-    Answers when all of ``names`` have told theirs, or ``wait_s`` after it began, with those that have.
+    Answers when all of ``names`` have told theirs, or ``patience_s`` after the first did, with those that have. Who
+    comes later is told so and gets no neighbours: it has come, which is all that can still be said of it.
     """
 
-    def __init__(self, address: str, names: Sequence[str], wait_s: float) -> None:
+    def __init__(self, address: str, names: Sequence[str], patience_s: float) -> None:
         self._names = list(names)
-        self._deadline = time.monotonic() + wait_s
+        self._patience_s = patience_s
+        self._closed = threading.Event()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.create_server((address, 0), family=family, backlog=max(16, len(self._names)))
         self.address: tuple[str, int] = (address, int(self._server.getsockname()[1]))
@@ -128,28 +144,52 @@ class Registry:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._deadline = 0.0
+        self._closed.set()
         self._thread.join()
 
     def _serve(self) -> None:
         told: dict[str, tuple[str, int]] = {}
+        waiting: list[socket.socket] = []
+        answer_at: float | None = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._server)
-            links = []
             self._server.settimeout(0.2)
-            while len(told) < len(self._names) and time.monotonic() < self._deadline:
-                try:
-                    link = stack.enter_context(self._server.accept()[0])
-                    link.settimeout(5.0)
-                    found = json.loads(link.makefile("r", encoding="utf-8").readline())
-                    told[found["node"]] = (found["address"], found["port"])
-                    links.append(link)
-                except (OSError, ValueError, KeyError):  # nobody yet, or a stranger
-                    continue
-            ring = [(name, *told[name]) for name in self._names if name in told]
-            for link in links:
-                with contextlib.suppress(OSError):
-                    link.sendall(json.dumps(ring).encode() + b"\n")
+            while not self._closed.is_set():
+                if (came := self._accept(stack)) is not None:
+                    name, address, port, link = came
+                    if answer_at is not None and not waiting:
+                        late_s = max(0.001, time.monotonic() - answer_at)
+                        _answer(link, [(name, address, port)], late_s)
+                        continue
+                    answer_at = answer_at if answer_at is not None else time.monotonic() + self._patience_s
+                    told[name] = (address, port)
+                    waiting.append(link)
+                is_time = len(told) >= len(self._names) or (answer_at is not None and time.monotonic() > answer_at)
+                if waiting and is_time:
+                    answer_at = time.monotonic()
+                    ring = [(name, *told[name]) for name in self._names if name in told]
+                    for link in waiting:
+                        _answer(link, ring, 0.0)
+                    waiting = []
+
+    def _accept(self, stack: contextlib.ExitStack) -> tuple[str, str, int, socket.socket] | None:
+        """The next node that tells its address; None: nobody just now, or a stranger."""
+        try:
+            link = stack.enter_context(self._server.accept()[0])
+            link.settimeout(5.0)
+            found = json.loads(link.makefile("r", encoding="utf-8").readline(_LONGEST_LINE))
+            name, address, port = str(found["node"]), str(found["address"]), int(found["port"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (name, address, port, link) if name in self._names else None
+
+
+_LONGEST_LINE = 4096
+
+
+def _answer(link: socket.socket, ring: Sequence[tuple[str, str, int]], late_s: float) -> None:
+    with contextlib.suppress(OSError):
+        link.sendall(json.dumps({"ring": ring, "late_s": round(late_s, 3)}).encode() + b"\n")
 
 
 def _expected_devices(config: Config) -> int:

@@ -22,8 +22,8 @@ VARIABLE = "PRETRAIN_NODE_CHECK"
 BLOCK_BYTES = 4 << 20
 LINK_TIMEOUT_S = 20.0
 DEVICE_TIMEOUT_S = 120.0
-START_TIMEOUT_S = 60.0
-"""For srun and the interpreter on the slowest node; links and devices have their own time."""
+PATIENCE_S = 60.0
+"""How long the nodes that have come wait for the others before they try their links without them."""
 
 
 def main() -> int:
@@ -112,14 +112,16 @@ class _Task:
         """Tells the supervisor where this node listens; (name, address, port) of all nodes that did, in their order."""
         try:
             with socket.create_connection(self.registry, timeout=LINK_TIMEOUT_S) as link:
-                link.settimeout(START_TIMEOUT_S + LINK_TIMEOUT_S)
+                link.settimeout(PATIENCE_S + LINK_TIMEOUT_S)
                 link.sendall(json.dumps({"node": self.node, "address": own, "port": port}).encode() + b"\n")
-                ring = json.loads(link.makefile("r", encoding="utf-8").readline())
+                answer = json.loads(link.makefile("r", encoding="utf-8").readline())
         except OSError as error:
             raise OSError(
                 f"the batch host at {self.registry[0]}:{self.registry[1]} cannot be reached ({error})"
             ) from error
-        return [(str(name), str(address), int(port)) for name, address, port in ring]
+        if answer["late_s"]:
+            self.report["late_s"] = answer["late_s"]
+        return [(str(name), str(address), int(port)) for name, address, port in answer["ring"]]
 
     def _receive(self, server: socket.socket, incoming: list[socket.socket]) -> None:
         server.settimeout(LINK_TIMEOUT_S)

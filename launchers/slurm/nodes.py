@@ -14,7 +14,8 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launchers.slurm.commands import Slurm, SlurmError, SlurmMissingError
@@ -40,11 +41,13 @@ def run_on_nodes(
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
+    stopped: Callable[[], bool] | None = None,
 ) -> NodeRun:
     """Runs ``words`` once on each of ``nodes`` inside ``job`` and collects what they print, by node.
 
     ``nodes`` are in the job's order. Tasks still running after ``timeout_s`` are ended; a node without a line of output
-    is silent. ``options`` are further ones of srun. Raises SlurmMissingError.
+    is silent. ``options`` are further ones of srun. ``stopped`` is asked about once a second; when it says so the tasks
+    are ended early, as after ``timeout_s``. Raises SlurmMissingError.
     """
     command = [
         "srun",
@@ -81,11 +84,18 @@ def run_on_nodes(
         )
     except FileNotFoundError as error:
         raise SlurmMissingError("srun: no such command on this node; Slurm's commands must be on PATH there") from error
-    try:
-        said, complaints = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        timed_out = True
-        said, complaints = _end(process)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            said, complaints = process.communicate(timeout=max(0.0, min(1.0, left_s)))
+            break
+        except subprocess.TimeoutExpired:
+            if left_s > 0 and not (stopped is not None and stopped()):
+                continue
+            timed_out = True
+            said, complaints = _end(process)
+            break
     output: dict[str, str] = {}
     for line in said.splitlines():
         number, sign, text = line.partition(": ")

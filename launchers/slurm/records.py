@@ -26,6 +26,8 @@ FINAL_STATES = frozenset(
         "TIMEOUT",
     ]
 )
+_NODE_REASONS = frozenset(["NodeDown", "LaunchFailed", "BootFailed"])
+_ENDED_BY_SLURM = _NODE_REASONS | {"TimeLimit", "DeadLine", "OutOfMemory", "SystemFailure", "Preempted"}
 _NODE_UNUSABLE = frozenset(["DOWN", "DRAIN", "FAIL", "FAILING", "NOT_RESPONDING", "POWERED_DOWN", "UNKNOWN", "INVAL"])
 
 
@@ -64,6 +66,39 @@ class JobInfo:
     def is_pending(self) -> bool:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
 
+    def is_requeued(self, life: int) -> bool:
+        """Whether the job has been given back to the queue since its ``life`` (restarts by then) began.
+
+        While its processes are still being ended it shows as completing, as an ended job does."""
+        return self.is_pending or (self.state == "COMPLETING" and self.restarts > life)
+
+    def is_cancelled(self, life: int) -> bool:
+        """Whether someone ended the job for good in its ``life``: by ``scancel``, say.
+
+        Until its last process is gone such a job shows as completing, and only what it lacks tells how it ended: the
+        time limit and a failed node are given as reasons, preemption leaves its time, a requeue counts a restart and
+        leaves the end unknown."""
+        if self.state == "CANCELLED":
+            return True
+        return (
+            self.state == "COMPLETING"
+            and not self.is_preempted
+            and self.restarts == life
+            and self.end_time is not None
+            and self.reason not in _ENDED_BY_SLURM
+        )
+
+    @property
+    def lost_a_node(self) -> bool:
+        """Slurm ended the job, or is ending it, for a node of its own."""
+        return self.state in ("NODE_FAIL", "BOOT_FAIL") or (self.state == "COMPLETING" and self.reason in _NODE_REASONS)
+
+    @property
+    def is_preempted(self) -> bool:
+        """In this life of the job."""
+        preempted = self.preempt_time is not None and self.preempt_time >= (self.start_time or 0.0)
+        return self.state == "PREEMPTED" or preempted
+
 
 @dataclass(frozen=True)
 class NodeInfo:
@@ -77,6 +112,7 @@ class NodeInfo:
     cpus: int
     memory_mb: int
     gres: str
+    slurmd_start: float | None = None
 
     @property
     def is_usable(self) -> bool:
@@ -156,6 +192,7 @@ def parse_node(line: str) -> NodeInfo:
         cpus=leading_integer(fields.get("CPUTot", "0")),
         memory_mb=leading_integer(fields.get("RealMemory", "0")),
         gres=known(fields.get("Gres")) or "",
+        slurmd_start=parse_time(fields.get("SlurmdStartTime")),
     )
 
 

@@ -182,6 +182,7 @@ def _checked(text: str, path: Path) -> str:
         if line.startswith("#SBATCH") and n > command
     ]
     code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    code = code.replace("\\\n", " ")  # a command may go on in the next line
     if SUPERVISOR not in code:
         faults.append((len(lines), f"the script never starts `python -m {SUPERVISOR} RUN_DIR`"))
     elif not re.search(rf"^\s*exec\b.*{re.escape(SUPERVISOR)}", code, re.MULTILINE):

@@ -39,6 +39,21 @@ ACTIVE = frozenset({State.PENDING, State.STARTING, State.RUNNING, State.REQUEUED
 _ORDERLY = ("interrupted", "preempted", "time_limit")
 
 
+_WAYS_OUT = (
+    (
+        "BadConstraints",
+        ": no nodes fit what it asks for (`scontrol show job {job}`). If its ExcNodeList leaves too few, let them in "
+        "again with `scontrol update JobId={job} ExcNodeList=`",
+    ),
+    ("ReqNodeNotAvail", ": nodes that it needs are down, drained or reserved (`sinfo -R` says why)"),
+    ("PartitionDown", ": its partition takes no jobs now (`sinfo -s`); the site knows for how long"),
+    ("JobHeldUser", ": let it go with `scontrol release {job}`"),
+    ("JobHeldAdmin", ": the site holds it; ask there"),
+    ("launch failed requeued held", ": see why nodes failed (`sinfo -R`), then `scontrol release {job}`"),
+)
+"""Slurm's reason for a job that waits (its beginning), and the way out."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """All that bears on the state of a run."""
@@ -63,6 +78,8 @@ class Facts:
             if cancelled > queued:
                 return State.CANCELLED, "before it started"
             return self._queued(State.PENDING if self.last is None else State.REQUEUED)
+        if (gave_up := self._last_of("gave_up", "requeue_failed")) > started >= 0:
+            return State.FAILED, str(self.journal[gave_up].get("message"))
         if self.last is None:
             return self._without_journal()
         if self.last.exit_class is not None:
@@ -99,12 +116,16 @@ class Facts:
             start = ""
             if view.start is not None and view.start > self.now:
                 start = f"; expected start {time.strftime('%Y-%m-%d %H:%M', time.localtime(view.start))}"
-            return state, f"{view.reason or view.state}{start}"
+            return state, f"{view.reason or view.state}{start}{self._way_out(view.reason)}"
         if view.is_active:
             return State.STARTING, f"job {self.job} is {view.state}"
         if view.state == "CANCELLED":
             return State.CANCELLED, f"job {self.job} was cancelled before an attempt began"
         return State.FAILED, f"job {self.job} ended ({view.state}) before the attempt began"
+
+    def _way_out(self, reason: str | None) -> str:
+        """What to do about a job that will not start by waiting alone."""
+        return next((way.format(job=self.job) for word, way in _WAYS_OUT if (reason or "").startswith(word)), "")
 
     def _without_journal(self) -> tuple[State, str | None]:
         status = self.position.end_status
@@ -121,6 +142,8 @@ class Facts:
     def _ended(self, last: Attempt) -> tuple[State, str | None]:
         if last.exit_class == "finished":
             return State.FINISHED, None
+        if last.action in GOES_ON and self._last_of("cancelled") > self._last_of("attempt_ended"):
+            return State.CANCELLED, f"after {last.exit_class}"
         if last.action in GOES_ON:
             if self.view is not None and (self.view.waits or self.view.is_active):
                 return self._queued(State.REQUEUED)
@@ -148,6 +171,8 @@ class Facts:
             return self._queued(State.REQUEUED)
         if self._last_of("cancelled") > self._last_of("attempt_started"):
             return State.CANCELLED, "killed"
+        if self.view is not None and self.view.state == "CANCELLED":
+            return State.CANCELLED, f"job {self.job} was cancelled before it could tell of its end"
         age = self.now - self.holder.heartbeat if self.holder is not None else None
         silence = f"no sign of life for {roughly(age)}" if age is not None and age >= 0 else "no sign of life"
         if self.view is not None and self.view.is_active:

@@ -29,11 +29,10 @@ STILL_AFTER_S = 120.0
 class RunSummary:
     """A run at one moment. Unknown values are None; times are unix seconds, ``eta_s`` and ``pace_s`` seconds.
 
-    ``note`` says in a few words why the state is what it is. ``restarts`` counts, as the launcher's ``max_restarts``
-    does, the ends of attempts after which the run went on by itself. ``tokens_per_s`` is the median of the last steps,
-    ``pace_s`` the seconds a step takes with evaluations and checkpoints. ``moved`` is when something last happened (a
-    step, another phase, an entry of the journal), ``heard`` the last sign of life. ``faults`` are files that could not
-    be read.
+    ``note`` says in a few words why the state is what it is. ``restarts`` counts the ends of attempts after which the
+    run went on by itself. ``tokens_per_s`` is the median of the last steps, ``pace_s`` the seconds a step takes with
+    evaluations and checkpoints. ``moved`` is when something last happened (a step, another phase, an entry of the
+    journal), ``heard`` the last sign of life. ``faults`` are files that could not be read.
     """
 
     path: Path

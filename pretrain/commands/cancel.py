@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import os
 import signal
@@ -70,6 +71,8 @@ def _request(path: Path, *, now: bool) -> bool:
     run = RunDir.open(path)
     summary, fault = summarise_one(path)
     if not summary.is_active and summary.state != State.LOST:
+        if summary.state == State.CANCELLED:
+            _record_cancelled(run, summary.job)
         ended = f" ({summary.note})" if summary.note else ""
         print(f"{path.name}: nothing to cancel, it is {summary.state}{ended}")
         return False
@@ -97,9 +100,23 @@ def _request(path: Path, *, now: bool) -> bool:
     return True
 
 
+def _record_cancelled(run: RunDir, job: str | None) -> None:
+    """A job that left the queue by scancel alone told nobody: without this the tracker shows it waiting for ever."""
+    from launchers.lifecycle import journal
+    from launchers.outcome import tell_tracker
+    from pretrain.tracking.lifecycle import run_status
+
+    status = run_status(journal.read_journal(run), None)
+    if status is not None and status.name == "SCHEDULED":
+        with contextlib.suppress(OSError):  # another user's run: it is still said what it is
+            journal.append(run, "cancelled", job=job)
+            tell_tracker(run)
+
+
 def _leave_queue(run: RunDir, job: str) -> bool:
     """Cancels a job that waits; False when it has started meanwhile. Raises SlurmError."""
     from launchers.lifecycle import journal
+    from launchers.outcome import tell_tracker
     from launchers.slurm.commands import Slurm
     from launchers.watch.jobs import ask_slurm
 
@@ -111,6 +128,7 @@ def _leave_queue(run: RunDir, job: str) -> bool:
         return False
     journal.append(run, "cancelled", job=job)
     print(f"{run.path.name}: job {job} taken out of the queue")
+    tell_tracker(run)
     return True
 
 
@@ -124,11 +142,14 @@ def _wait(path: Path, *, now: bool) -> bool:
     with _Display() as display:
         while True:
             elapsed = time.monotonic() - begun
-            summary = _look(path, ask=elapsed - asked >= SLURM_POLL_S)
-            if elapsed - asked >= SLURM_POLL_S:
+            ask = elapsed - asked >= SLURM_POLL_S
+            summary = _look(path, ask=ask)
+            if ask:
                 asked = elapsed
             if not _is_at_work(summary):
                 break
+            if ask and _left_queue_again(path, summary):
+                return True
             new = _progress(summary, now)
             if new != words or elapsed - told >= _TELL_EVERY_S:
                 told, words = elapsed, new
@@ -159,6 +180,20 @@ def _is_at_work(summary: RunSummary) -> bool:
     return summary.is_active
 
 
+def _left_queue_again(path: Path, summary: RunSummary) -> bool:
+    """Takes a job out of the queue that came back there while it was to stop: it need not start to find the wish."""
+    from launchers.run_dir import RunDir
+    from launchers.slurm.commands import SlurmError
+    from launchers.watch.state import State
+
+    if summary.state not in (State.PENDING, State.REQUEUED) or not (summary.job or "").isdigit():
+        return False
+    try:
+        return _leave_queue(RunDir(path), str(summary.job))
+    except SlurmError:
+        return False  # the next look tries again; a job that starts meanwhile finds the wish
+
+
 def _has_supervisor(path: Path) -> bool:
     from launchers.lease import shows_life
     from launchers.watch.summary import read_holder
@@ -179,6 +214,7 @@ def _force(run: RunDir, summary: RunSummary) -> bool:
     """Kills what does not end by itself; False when it cannot be reached from here."""
     from launchers.lease import is_here, shows_life
     from launchers.lifecycle import journal
+    from launchers.outcome import tell_tracker
     from launchers.slurm.commands import Slurm
     from launchers.watch.summary import read_holder
     from pretrain.commands.watching import warn
@@ -187,6 +223,7 @@ def _force(run: RunDir, summary: RunSummary) -> bool:
         Slurm().cancel(int(summary.job))
         journal.append(run, "cancelled", job=summary.job)
         warn(f"{run.path.name}: no supervisor saw to it: cancelled job {summary.job}")
+        tell_tracker(run)
         return True
     holder = read_holder(run.path)
     if holder is None or not shows_life(holder):
@@ -206,6 +243,7 @@ def _force(run: RunDir, summary: RunSummary) -> bool:
         return False
     journal.append(run, "cancelled", job=None)
     warn(f"{run.path.name}: its supervisor did not answer: killed process {holder.pid}")
+    tell_tracker(run)
     return True
 
 

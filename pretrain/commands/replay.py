@@ -5,19 +5,40 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launchers.run_dir import RunDir
+    from pretrain.config.freeze import Difference
+    from pretrain.config.schema import Config
+    from pretrain.training.replay_target import ReplayTarget
 
 _SHOWN_GRADIENTS = 12
 _SHOWN_TEXT = 300
 _POLL_S = 0.25
 
 
+_MAY_CHANGE = ("launcher", "engine", "data", "train.micro_batch_size", "train.activation_checkpointing")
+_NEAR_S = 600.0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, help="run directory; it is only read")
+    from pretrain.commands.watching import add_root_argument
+
+    parser.add_argument(
+        "run_dir", metavar="RUN", help="run directory, or the name (or its unique beginning) of one; it is only read"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="where and how it is replayed: launcher=local launcher.num_processes=1 engine.tensor_parallel=1 ...",
+    )
     parser.add_argument("--step", type=int, required=True, help="step to run again, without its update")
     parser.add_argument("--batch", type=int, help="of several batches tried at the step (default: the last bad one)")
     parser.add_argument("--output", type=Path, help="new folder for the result (default: replay_RUN_step_N here)")
+    add_root_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,30 +50,29 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from launchers.local import start_ranks
     from launchers.run_dir import RunDir
-    from pretrain.config.check import check
-    from pretrain.training.replay import RESULT_NAME
-    from pretrain.training.replay_target import ReplayError, replay_target
+    from launchers.watch.find import resolve_run
+    from pretrain.config.freeze import dump
+    from pretrain.training.replay import CONFIG_NAME, RESULT_NAME
+    from pretrain.training.replay_target import replay_target
 
-    source = RunDir.open(arguments.run_dir)
-    config = check(source.config())
-    target = replay_target(source, config.train.global_batch_size, arguments.step, arguments.batch)
+    source = RunDir.open(resolve_run(arguments.run_dir, arguments.root))
+    global_batch = source.config()["train"]["global_batch_size"]
+    target = replay_target(source, global_batch, arguments.step, arguments.batch)
+    tree, config, differs = settings(source, target, arguments.overrides)
+    num_devices = _num_devices(config.launcher.device)
+    check_room(config, num_devices)
     output = (arguments.output or Path(f"replay_{source.path.name}_step_{arguments.step}")).absolute()
-    if output.is_relative_to(source.path.absolute()):
-        raise ReplayError(f"--output {output} lies in the run directory, which is only read; choose another folder")
-    if output.exists() and any(output.iterdir()):
-        raise ReplayError(f"--output {output} is not empty; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    launcher = config.launcher
-    origin = f"checkpoint {target.checkpoint.name}" if target.checkpoint is not None else "the initial weights"
-    print(f"replaying step {target.step} on batch {target.batch} from {origin}, {launcher.num_processes} process(es)")
+    _make_output(output, source.path)
+    (output / CONFIG_NAME).write_text(dump(tree), encoding="utf-8")
+    print(plan_of(target, config, num_devices), flush=True)
     program = [sys.executable, "-m", "pretrain.training.replay", str(source.path), "--step", str(target.step)]
     program += ["--batch", str(target.batch), "--output", str(output)]
     place = RunDir(output)
     with start_ranks(
         place,
         attempt=0,
-        num_processes=launcher.num_processes,
-        threads_per_process=launcher.threads_per_process,
+        num_processes=config.launcher.num_processes,
+        threads_per_process=config.launcher.threads_per_process,
         program=program,
     ) as ranks:
         while ranks.num_running():
@@ -63,11 +83,122 @@ def _run(arguments: argparse.Namespace) -> int:
                 lines = log.read_text(errors="replace").splitlines()[-20:]
                 print("\n".join([*lines, f"pretrain: rank {failed[0].rank} failed; its log: {log}"]), file=sys.stderr)
                 return failed[0].code or 1
-    text = describe(json.loads((output / RESULT_NAME).read_text(encoding="utf-8")))
+    result = json.loads((output / RESULT_NAME).read_text(encoding="utf-8")) | {"differs": differs}
+    (output / RESULT_NAME).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = describe(result)
     (output / "replay.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
     print(f"\nwritten: {output / RESULT_NAME}, {output / 'replay.txt'}")
     return 0
+
+
+def settings(
+    source: RunDir, target: ReplayTarget, overrides: Sequence[str]
+) -> tuple[dict[str, Any], Config, list[str]]:
+    """Tree and configuration to replay with: those of the attempt that made the step, with ``overrides``.
+
+    Also what differs from then, in words: a loss may differ because of it.
+
+    Raises:
+        ReplayError: an override changes what the step is made of.
+        InvalidConfigError: another fault of an override.
+    """
+    from data_pipeline.quarantine import read_quarantine
+    from launchers.provenance import package_versions
+    from pretrain.config.check import check
+    from pretrain.config.freeze import extend
+    from pretrain.training.replay_target import ReplayError
+
+    tree = source.config(target.revision)
+    changes: list[Difference] = []
+    if overrides:
+        tree, changes = extend(tree, overrides)
+    refused = [str(c) for c in changes if not f"{c.path}.".startswith(tuple(f"{name}." for name in _MAY_CHANGE))]
+    if refused:
+        raise ReplayError(
+            f"{'; '.join(refused)}: a replay may change only fields of {', '.join(_MAY_CHANGE)}: others change the step"
+        )
+    differs = [str(change) for change in changes]
+    if target.other_revisions:
+        names = ", ".join(map(str, target.other_revisions))
+        differs.append(
+            f"steps since the checkpoint were made with other settings (revision {names}), here with those of "
+            f"revision {target.revision}"
+        )
+    config = check(tree)
+    if getattr(config.data, "on_damage", "stop") != "stop" and (members := read_quarantine(source.quarantine_path)):
+        differs.append(
+            f"rows of {len(members)} member(s) in quarantine are substituted, also where they were whole then"
+        )
+    then = source.recorded_versions(target.attempt) if target.attempt is not None else {}
+    now = package_versions()
+    differs += [
+        f"{name} {then[name]} -> {now.get(name, 'missing')}"
+        for name in ("pretrain", "torch", "numpy", "deepspeed", "megatron-core")
+        if name in then and then[name] != now.get(name)
+    ]
+    return tree, config, differs
+
+
+def check_room(config: Config, num_devices: int | None) -> None:
+    """Refuse more processes than this machine has devices for (None: it computes on CPU). Raises ReplayError."""
+    from pretrain.training.replay_target import ReplayError
+
+    wanted = config.launcher.num_processes
+    if num_devices is not None and wanted > num_devices:
+        fewer = f"launcher=local launcher.num_processes={max(num_devices, 1)}"
+        if not num_devices:
+            fewer += " launcher.device=cpu"
+        raise ReplayError(
+            f"the step was made by {wanted} processes, one per GPU, and this machine has {num_devices}. Replay it with "
+            f"fewer: add {fewer}, with a layout that fits (engine.tensor_parallel=1 engine.pipeline_parallel=1 or "
+            "engine=deepspeed), or run this command where there are as many (inside an allocation: "
+            f"srun --nodes=1 --ntasks=1 --gres=gpu:{wanted} pretrain replay ...). Losses then agree to rounding"
+        )
+
+
+def plan_of(target: ReplayTarget, config: Config, num_devices: int | None) -> str:
+    """What is about to be done, and what it takes."""
+    origin = f"checkpoint {target.checkpoint.name}" if target.checkpoint is not None else "the initial weights"
+    wanted = config.launcher.num_processes
+    devices = "on CPU" if num_devices is None else f"one GPU each of {num_devices}"
+    lines = [
+        f"replaying step {target.step} on batch {target.batch} from {origin}, {wanted} process(es)",
+        f"settings: revision {target.revision}"
+        + (f", of attempt {target.attempt}" if target.attempt is not None else "")
+        + f"; needs on this machine: {wanted} process(es), {devices}",
+    ]
+    between = target.step - 1 - target.checkpoint_step
+    if between:
+        took = None if target.seconds is None else between * target.seconds
+        about = "" if took is None else f", about {took / 60:.0f} min at the run's pace" if took >= 60 else ""
+        far = between > config.train.checkpoint_interval or (took is not None and took > _NEAR_S)
+        warn = f"warning: no nearer checkpoint before step {target.step} is left: " if far else ""
+        lines.append(f"{warn}steps {target.checkpoint_step + 1}..{target.step - 1} are trained again first{about}")
+    return "\n".join(lines)
+
+
+def _num_devices(choice: str) -> int | None:
+    """GPUs that ranks would compute on here; None: on CPU."""
+    if choice == "cpu":
+        return None
+    import torch
+
+    found = torch.cuda.device_count()
+    return None if choice == "auto" and not found else found
+
+
+def _make_output(output: Path, run: Path) -> None:
+    from pretrain.training.replay_target import ReplayError
+
+    if output.is_relative_to(run.absolute()):
+        raise ReplayError(f"--output {output} lies in the run directory, which is only read; choose another folder")
+    try:
+        if output.exists() and any(output.iterdir()):
+            raise ReplayError(f"--output {output} is not empty; choose another folder")
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReplayError(f"--output {output} cannot be made ({error.strerror}); choose another folder") from error
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -77,7 +208,8 @@ def describe(result: dict[str, Any]) -> str:
         f"step {result['step']}, batch {result['batch']}: {len(result['samples'])} samples, "
         f"{result['targets']} targets",
         f"  from {origin}, {result['steps_advanced']} steps trained again; {result['processes']} process(es), "
-        f"engine {result['engine']}, learning rate {result['learning_rate']:.4g}",
+        f"engine {result['engine']}, learning rate {result['learning_rate']:.4g}, "
+        f"settings of revision {result['revision']}",
         f"  loss {result['loss']}, gradient norm {result['grad_norm']}",
         f"  {_verdict(result)}",
     ]
@@ -107,13 +239,21 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _verdict(result: dict[str, Any]) -> str:
+    differs = result.get("differs") or []
     if result["reproduced"] is None:
         return "the run has no loss on record for this step (train.log_interval)"
     if result["reproduced"]:
         return "the loss on record is reproduced exactly"
+    words = f"the loss on record is {result['recorded_loss']}: NOT reproduced"
+    if differs:
+        return (
+            f"{words}. Different from then, so it need not be: {'; '.join(differs)}. Processes and engine change "
+            "roundings only"
+        )
     return (
-        f"the loss on record is {result['recorded_loss']}: NOT reproduced. Losses agree to rounding where the number "
-        "of processes, engine or machine differ; otherwise the cause was not in data and weights (a faulty device)"
+        f"{words}. Settings, layout and packages are those of then. Losses agree to rounding where the machine is of "
+        "another kind, and data that have changed since are other data (pretrain data verify); otherwise the cause "
+        "was not in data and weights (a faulty device)"
     )
 
 

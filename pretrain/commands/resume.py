@@ -34,7 +34,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from launchers.exit_codes import ExitCode
     from launchers.lease import Lease
     from launchers.run_dir import RunDir
-    from launchers.slurm.submit import busy_lock
+    from launchers.slurm.submit import busy_lock, refuse_if_queued
     from pretrain.commands.launch import launch_attempt
     from pretrain.commands.submission import check_submittable, show_plan, submit_run
     from pretrain.config.launch_schema import SlurmConfig
@@ -57,6 +57,7 @@ def _resume(arguments: argparse.Namespace) -> int:
             if plan is None:
                 return ExitCode.FINISHED
             return submit_run(run_dir, plan.config, "resume")
+    refuse_if_queued(run_dir)
     # Held before anything is read: a second resume, or a revision added under a running attempt, is refused here.
     with Lease.acquire(run_dir) as lease:
         plan = _prepare(run_dir, arguments, lease.attempt)

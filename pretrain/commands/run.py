@@ -27,6 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from launchers.exit_codes import ExitCode
     from launchers.lease import Lease
     from launchers.run_dir import RunDir
+    from launchers.slurm.submit import refuse_if_queued
     from pretrain.commands.launch import launch_attempt, shown
     from pretrain.commands.submission import check_submittable, planned_path, show_plan, submit_run
     from pretrain.config.check import check
@@ -60,5 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{shown(run_dir.path)} holds this very configuration already: continuing it")
     if on_slurm:
         return submit_run(run_dir, config, "first" if run_dir.created else "resume")
+    if not run_dir.created:
+        refuse_if_queued(run_dir)
     with Lease.acquire(run_dir) as lease:
         return launch_attempt(lease, config)

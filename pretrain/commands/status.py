@@ -185,7 +185,7 @@ def _last_exit(summary: RunSummary) -> str:
 def _restarts(summary: RunSummary, details: RunDetails) -> str:
     if not summary.attempts:
         return ""
-    most = f" of at most {details.max_restarts}" if details.max_restarts is not None else ""
+    most = f" (at most {details.max_restarts} after faults)" if details.max_restarts is not None else ""
     count = len(summary.attempts)
     return f"{summary.restarts}{most}; {count} attempt{'s' if count > 1 else ''} in all"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -64,6 +65,7 @@ def submit_run(run: RunDir, config: Config, kind: Kind) -> int:
 
 def show_plan(config: Config, run_path: Path, kind: Kind = "first") -> None:
     """What would be done, and with Slurm the script that would be queued; nothing is written."""
+    from launchers.slurm.script import TemplateError
     from launchers.slurm.submit import prepare, signal_lead_s
     from pretrain.commands.launch import shown
     from pretrain.config.launch_schema import SlurmConfig
@@ -98,9 +100,12 @@ def show_plan(config: Config, run_path: Path, kind: Kind = "first") -> None:
     for name, text in rows:
         print(f"  {name:<14} {text}")
     if isinstance(launcher, SlurmConfig):
-        script = prepare(config, run_path, kind=kind)
-        print(f"\nbatch script, from {shown(script.template.path)}\n")
-        print("\n".join(f"  {line}".rstrip() for line in script.text.splitlines()))
+        try:
+            script = prepare(config, run_path, kind=kind)
+            print(f"\nbatch script, from {shown(script.template.path)}\n")
+            print("\n".join(f"  {line}".rstrip() for line in script.text.splitlines()))
+        except TemplateError:
+            print("\nThere is no batch script: its template has a fault, which is among the findings of preflight.")
     print("\nNothing was written or submitted.", flush=True)
 
 
@@ -120,5 +125,5 @@ def resources(config: Config) -> str:
 
 def _note_command(run: RunDir, job: int) -> None:
     words = shlex.join(["pretrain", *sys.argv[1:]])
-    with open(run.path / "command.txt", "a", encoding="utf-8") as stream:
+    with contextlib.suppress(OSError), open(run.path / "command.txt", "a", encoding="utf-8") as stream:
         stream.write(f"# job {job}, {time.strftime('%Y-%m-%d %H:%M:%S%z')}, in {os.getcwd()}\n{words}\n")

@@ -56,9 +56,13 @@ def exclusive_write_text(path: Path, text: str) -> None:
     except OSError:
         # No hard links here (some network and FUSE file systems): exclusive, though not complete at once.
         with open(path, "x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+            try:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)

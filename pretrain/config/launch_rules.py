@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from pretrain.config.durations import parse_duration
@@ -17,6 +16,7 @@ _SBATCH_OWN: Final = {
     "nodes": "launcher.num_nodes",
     "ntasks": "launcher.num_processes",
     "ntasks-per-node": "launcher.num_processes",
+    "cpus-per-task": "launcher.threads_per_process",
     "time": "launcher.time_limit",
     "requeue": "launcher.requeue_by",
     "no-requeue": "launcher.requeue_by",
@@ -65,6 +65,7 @@ _SHORT: Final = {
     "-J": "job-name",
     "-N": "nodes",
     "-n": "ntasks",
+    "-c": "cpus-per-task",
     "-t": "time",
     "-A": "account",
     "-p": "partition",
@@ -143,16 +144,6 @@ def _time_limit_is_known(time_limit: str) -> Iterator[Violation]:
         )
 
 
-def _template_exists(template: str | None) -> Iterator[Violation]:
-    if template is not None and not Path(template).expanduser().is_file():
-        yield Violation(
-            "launcher.template",
-            template,
-            "an existing file, the Jinja2 template of the batch script",
-            "correct the path, or launcher.template=null for the shipped slurm/train.sbatch.j2",
-        )
-
-
 def _sbatch_options_are_free(options: list[str]) -> Iterator[Violation]:
     yield from _options("cluster.sbatch_options", options, _SBATCH_OWN, "--mail-type=FAIL")
 
@@ -169,6 +160,9 @@ def _options(path: str, options: list[str], own: dict[str, str], example: str) -
             )
             continue
         name = _SHORT.get(option[:2], "") if not option.startswith("--") else re.split(r"[=\s]", option[2:])[0]
+        # Slurm takes the beginning of an option's name for the whole.
+        if name and name not in own:
+            name = next((whole for whole in own if whole.startswith(name)), name)
         if name in own:
             field = own[name]
             rule = f"an option that is not set elsewhere: --{name} is {field or 'the platform'}'s"
@@ -246,7 +240,6 @@ LAUNCH_RULES: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
         _fewer_nodes_fit,
     ),
     (("launcher.time_limit",), _time_limit_is_known),
-    (("launcher.template",), _template_exists),
     (("cluster.sbatch_options",), _sbatch_options_are_free),
     (("cluster.srun_options",), _srun_options_are_free),
     (("cluster.environment",), _environment_is_free),

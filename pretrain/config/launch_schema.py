@@ -20,8 +20,9 @@ class LocalConfig:
     """All ranks on this machine, one process each.
 
     ``threads_per_process`` is ``OMP_NUM_THREADS`` (None: share cores). Ranks that were asked to stop are killed after
-    ``shutdown_grace_s``. ``max_restarts`` bounds the attempts that follow the first one by themselves, over the
-    whole life of the run.
+    ``shutdown_grace_s``. ``max_restarts`` bounds the attempts that follow a fault by themselves; starting the run by
+    hand begins the count anew, and with 0 none ever follows. Time limits and preemptions that left new steps are no
+    faults.
     """
 
     name: Literal["local"] = field(default="local", metadata=EXTENDABLE)
@@ -106,7 +107,7 @@ class LifecycleConfig:
 
     ``on_<class>`` names the action for an exit class (:mod:`launchers.lifecycle.exit_class`). After ``max_repeats``
     ends of one class in a row without a new step the run stops, whatever the action; the launcher's ``max_restarts``
-    bounds all restarts together.
+    bounds the restarts after all classes together.
 
     An attempt hangs when no rank has made progress for ``hang_timeout_s`` (before its first step:
     ``startup_timeout_s``). Ranks tell of themselves every ``heartbeat_interval_s``. A checkpoint before a time limit

@@ -341,6 +341,9 @@ def _type_fix(value: Any, annotation: Any, path: str, default: Any) -> str:
             f"write the number without quotes: {path}={value}"
             " (from an environment variable: ${oc.decode:${oc.env:NAME}})"
         )
+    if str in members and isinstance(value, int | float) and not isinstance(value, bool):
+        colons = "; without quotes YAML takes 12:00:00 for a number of seconds" if path.endswith("time_limit") else ""
+        return f'put it in quotes, as a number is no text: {path}=\'"{value}"\' (in a file: "{value}"){colons}'
     if default is not NO_DEFAULT and not dataclasses.is_dataclass(default):
         return f"give {describe_type(annotation)}; the default is {_yaml_word(default)}"
     return f"give {describe_type(annotation)}"

@@ -17,7 +17,7 @@ MAX_NAME = 250
 _FIELDS = {
     "checkpoint": ("seconds", "stall_s", "write_s", "bytes"),
     "eval": ("seconds",),
-    "health": ("loss", "grad_norm", "zscore", "median", "skipped_samples"),
+    "health": ("loss", "grad_norm", "zscore", "median"),
 }
 
 

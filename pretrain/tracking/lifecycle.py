@@ -15,7 +15,9 @@ TERMINAL = ("FINISHED", "FAILED", "KILLED")
 _BY_END = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Ends that came from outside and found the run sound: stopped, not failed.
 _STOPPED = ("interrupted", "preempted", "time_limit")
-_STATES = ("submitted", "requeued", "attempt_started", "attempt_ended", "cancelled")
+# The run was to go on, and whoever was to see to it could not: it waits for its user.
+_STRANDED = ("requeue_failed", "gave_up")
+_STATES = ("submitted", "requeued", "attempt_started", "attempt_ended", "cancelled", *_STRANDED)
 
 
 class Status(NamedTuple):
@@ -50,7 +52,9 @@ def run_status(journal: Sequence[Record], boundary: Record | None) -> Status | N
             continue
         # A job queued ahead for the time after the running attempt does not make the run wait.
         running = last is not None and last["event"] == "attempt_started"
-        if not (running and record["event"] == "submitted" and record.get("kind") == "chain"):
+        ahead = running and record["event"] == "submitted" and record.get("kind") == "chain"
+        over = last is not None and last["event"] == "attempt_ended" and last["action"] == "stop"
+        if not ahead and not (over and record["event"] in _STRANDED):
             last = record
     if last is None:
         if boundary is None:
@@ -62,6 +66,8 @@ def run_status(journal: Sequence[Record], boundary: Record | None) -> Status | N
         return Status("KILLED", when)
     if event in ("submitted", "requeued"):
         return Status("SCHEDULED", when)
+    if event in _STRANDED:
+        return _stranded(journal, boundary, last)
     if event == "attempt_started":
         if boundary is None or boundary["event"] == "start" or boundary.get("attempt", 0) < last["attempt"]:
             return Status("RUNNING", when)
@@ -73,6 +79,15 @@ def run_status(journal: Sequence[Record], boundary: Record | None) -> Status | N
     if last["action"] == "restart":
         return Status("RUNNING", when)
     return Status("KILLED" if last["exit_class"] in _STOPPED else "FAILED", when)
+
+
+def _stranded(journal: Sequence[Record], boundary: Record | None, last: Record) -> Status:
+    lives = [record for record in journal if record["event"] in ("attempt_started", "attempt_ended")]
+    life = lives[-1] if lives else None
+    if life is not None and boundary is not None and _finished(boundary, life):
+        return Status("FINISHED", boundary["time"])
+    stopped = last["event"] == "requeue_failed" and life is not None and life.get("exit_class") in _STOPPED
+    return Status("KILLED" if stopped else "FAILED", last["time"])
 
 
 def lifecycle_tags(journal: Sequence[Record], boundary: Record | None) -> dict[str, str]:
@@ -89,6 +104,10 @@ def lifecycle_tags(journal: Sequence[Record], boundary: Record | None) -> dict[s
         end = ended[-1]
         tags |= {"exit_class": str(end["exit_class"]), "exit_action": str(end["action"])}
         tags |= {"exit_reason": str(end.get("reason", "")), "exit_attempt": str(end["attempt"])}
+        after = [record for record in journal[journal.index(end) :] if record["event"] in _STATES]
+        if after[-1]["event"] in _STRANDED and end["action"] != "stop":
+            tags["exit_action"] = "stop"
+            tags["exit_reason"] = "; ".join(filter(None, (tags["exit_reason"], str(after[-1].get("message", "")))))
     if started and boundary is not None and _finished(boundary, started[-1]):
         # What the supervisor is about to journal: a finished run need not be told of once more.
         tags |= {"exit_class": "finished", "exit_action": "stop", "exit_reason": "", "exit_attempt": tags["attempt"]}
@@ -128,8 +147,12 @@ def lifecycle_values(journal: Sequence[Record], first: int = 0) -> list[Value]:
 
 
 def is_settled(journal: Sequence[Record], known: int, finished_attempt: int | None) -> bool:
-    """Whether records from number ``known`` on tell MLflow nothing new: the end of an attempt that said so itself."""
-    return all(_is_own_end(record, finished_attempt) for record in journal[known:])
+    """Whether records from number ``known`` on tell MLflow nothing but a status: a cancellation, or the end of an
+    attempt that said so itself."""
+    return all(
+        record["event"] in ("cancel_requested", "cancelled") or _is_own_end(record, finished_attempt)
+        for record in journal[known:]
+    )
 
 
 def _is_own_end(record: dict[str, Any], finished_attempt: int | None) -> bool:

@@ -131,6 +131,17 @@ def read_records(path: Path) -> list[Record]:
     return [record for line in path.read_bytes().split(b"\n") if (record := _decode(line)) is not None]
 
 
+_RECENT_BYTES = 1 << 24
+
+
+def recent_records(path: Path) -> list[Record]:
+    """Records of the whole file, or of the end of one that is long; none when it cannot be read."""
+    try:
+        return MetricsTail(path, max(0, os.stat(path).st_size - _RECENT_BYTES)).read(_RECENT_BYTES)
+    except OSError:
+        return []
+
+
 # What only a training attempt writes; an attempt that failed before its first step rolled nothing back.
 _TRAINING = ("start", "train", "eval")
 

@@ -18,7 +18,7 @@ from pretrain.tracking.lifecycle import Status
 from pretrain.tracking.lock import BusyError
 from pretrain.tracking.run_files import redact_url
 from pretrain.tracking.store import resolve_uri, run_link
-from pretrain.tracking.uploader import RunUploader
+from pretrain.tracking.uploader import ArtifactsError, RunUploader
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,9 @@ class MlflowTracker:
         text = f"{type(error).__name__}: {error}".split("\n")[0]
         if type(error).__name__ != self._complaint:
             self._complaint = type(error).__name__
-            logger.warning(
-                "MLflow at %s cannot be written (%s); training goes on, metrics.jsonl keeps all for later",
-                redact_url(self._uri),
-                redact_url(text)[:300],
+            what = (
+                "MLflow at %s has the run's values and status, but %s; the files stay in the run directory"
+                if isinstance(error, ArtifactsError)
+                else "MLflow at %s cannot be written (%s); training goes on, metrics.jsonl keeps all for later"
             )
+            logger.warning(what, redact_url(self._uri), redact_url(text)[:300])

@@ -18,17 +18,35 @@ from typing import Any, NamedTuple
 
 from pretrain.config.files import atomic_write_text
 from pretrain.tracking.convert import metric_values, system_values
-from pretrain.tracking.lifecycle import Value, is_settled, lifecycle_values
+from pretrain.tracking.lifecycle import Value, is_settled, lifecycle_values, run_status
 from pretrain.tracking.metrics_log import MetricsTail, Record, read_records
 from pretrain.tracking.run_files import redact_url
 
 logger = logging.getLogger(__name__)
 
 METRICS, LIFECYCLE, STATE, LOCK = "metrics.jsonl", "lifecycle.jsonl", "mlflow.json", ".mlflow.lock"
+# The key by which the run is found in a store, also when what was noted of it is damaged.
+KEY = ".mlflow.key"
+# Files that a store gets with a run that has ended, beside those listed for it.
+_FILES = ("config.yaml", "command.txt", "environment.json", "git.json", "git.diff", "lifecycle.jsonl")
+_FOLDERS = ("revisions", "slurm", "reports", "health", "artifacts")
 _ATTEMPT = re.compile(r"^attempt_(\d{4,})$")
 _NODE = re.compile(r"^node_(\d{5,})\.jsonl$")
 # Facts about the run itself, which hold for any store.
 _KEPT = ("key", "run_name", "tags", "artifacts")
+_TYPES: dict[str, type] = {
+    "uri": str,
+    "key": str,
+    "run_name": str,
+    "tags": dict,
+    "artifacts": list,
+    "sent_artifacts": dict,
+    "files": dict,
+    "other_stores": dict,
+    "num_journal": int,
+    "system_attempt": int,
+    "offset": int,
+}
 
 
 class Parcel(NamedTuple):
@@ -48,7 +66,8 @@ class Spool:
         self.run_path = run_path
         self._shown_uri = redact_url(uri)
         self._state_path = run_path / STATE
-        self._saved = ""
+        self._saved = self._saved_key = ""
+        self._is_damaged = False
         self.state: dict[str, Any] = {}
         self.load()
 
@@ -60,12 +79,15 @@ class Spool:
         text = ""
         try:
             text = self._state_path.read_text(encoding="utf-8")
-            state = json.loads(text)
+            state = _checked(json.loads(text))
+            self._is_damaged = False
         except FileNotFoundError:
             # A name once given stays, also while it cannot be written (a full disk).
             state = dict(self.state)
         except ValueError:
-            logger.warning("%s: damaged; the MLflow run is looked up anew", self._state_path)
+            if not self._is_damaged:
+                logger.warning("%s: damaged; the MLflow run is looked up anew", self._state_path)
+            self._is_damaged = True
             state = dict(self.state)
         if state.get("uri") != self._shown_uri:
             # Another store knows nothing of this run yet, or what was noted for it when it was the last one sent to.
@@ -74,7 +96,8 @@ class Spool:
             if state.get("uri") and state.get("run_id"):
                 others[state["uri"]] = state
             state = {"uri": self._shown_uri, **others.pop(self._shown_uri, {}), **kept, "other_stores": others}
-        state.setdefault("key", uuid.uuid4().hex)
+        if "key" not in state:
+            state["key"] = self._read_key() or uuid.uuid4().hex
         state.setdefault("run_name", self.run_path.name)
         state.setdefault("tags", {})
         state.setdefault("artifacts", [])
@@ -86,10 +109,16 @@ class Spool:
             state.setdefault(name, None)
         for name in ("num_journal", "system_attempt"):
             state.setdefault(name, 0)
+        state.setdefault("unclosed", False)  # ended there, and not all files have followed
         self.state, self._saved = state, text
 
     def save(self) -> None:
         """Writes ``mlflow.json`` when something has changed. Raises OSError; the old file is then untouched."""
+        if self.state["key"] != self._saved_key:
+            # Once in a run's life, before the store hears of the key.
+            if self._read_key() != self.state["key"]:
+                atomic_write_text(self.run_path / KEY, self.state["key"] + "\n")
+            self._saved_key = self.state["key"]
         text = json.dumps(self.state, indent=1) + "\n"
         if text != self._saved:
             atomic_write_text(self._state_path, text)
@@ -98,6 +127,14 @@ class Spool:
     def forget(self) -> None:
         """Takes the whole record as not sent yet."""
         self.state |= {"files": {}, "num_journal": 0, "system_attempt": 0, "sent_artifacts": {}, "status": None}
+        self.state["unclosed"] = False
+
+    def _read_key(self) -> str:
+        """The key as kept beside ``mlflow.json``; empty where there is none."""
+        try:
+            return (self.run_path / KEY).read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, ValueError):
+            return ""
 
     # ---- what is new -----------------------------------------------------------------------------
 
@@ -138,16 +175,37 @@ class Spool:
 
     def is_delivered(self) -> bool:
         """Whether the store has all that this run has recorded so far. Reads sizes and the journal only."""
-        finished = (self.state["boundary"] or {}).get("attempt") if self.state["status"] == "FINISHED" else None
-        return (
-            self.state["run_id"] is not None
-            and all(self._is_read(name, size) for name, size in self._sizes())
-            and is_settled(self.journal(), self.state["num_journal"], finished)
-        )
+        return not self.missing()
 
-    def undelivered_bytes(self) -> int:
-        """Bytes of records that the store does not have yet."""
-        return sum(max(0, size - self.state["files"].get(name, 0)) for name, size in self._sizes())
+    def missing(self) -> list[str]:
+        """What the store does not have yet, in words; nothing when it has all."""
+        state, journal, found = self.state, self.journal(), []
+        num_bytes = sum(max(0, size - state["files"].get(name, 0)) for name, size in self._sizes())
+        if num_bytes and not all(self._is_read(name, size) for name, size in self._sizes()):
+            found.append(f"{num_bytes:,} bytes of records")
+        finished = (state["boundary"] or {}).get("attempt") if state["status"] == "FINISHED" else None
+        if not is_settled(journal, state["num_journal"], finished):
+            found.append(f"{len(journal) - state['num_journal']} entries of {LIFECYCLE}")
+        # RUNNING is what every store takes a run for until it hears otherwise.
+        status = run_status(journal, state["boundary"])
+        if status is not None and status.name not in ("RUNNING", state["status"]):
+            found.append(f"the status {status.name}")
+        if state["unclosed"]:
+            found.append(f"{len(self.unsent_artifacts())} files")
+        return found if found or state["run_id"] is not None else ["the run itself"]
+
+    def unsent_artifacts(self) -> list[tuple[Path, str]]:
+        """Files that a store is to have and has not as they are now, with a mark of how they are."""
+        own = [self.run_path / name for name in _FILES]
+        listed = [Path(path) for path in self.state["artifacts"]]
+        found = sorted(path for folder in _FOLDERS for path in (self.run_path / folder).rglob("*"))
+        unsent = []
+        for path in dict.fromkeys((*own, *listed, *found)):
+            stat = path.stat() if path.is_file() else None
+            version = f"{stat.st_size} {stat.st_mtime_ns}" if stat is not None and stat.st_size else None
+            if version is not None and self.state["sent_artifacts"].get(str(path)) != version:
+                unsent.append((path, version))
+        return unsent
 
     def origin(self) -> float | None:
         """Unix time of the run's first record; None before there is one."""
@@ -197,6 +255,13 @@ class Spool:
             for name in own:
                 self.state["files"].pop(name, None)
             self.state["system_attempt"] = int(following.removeprefix("attempt_"))
+
+
+def _checked(state: Any) -> dict[str, Any]:
+    """What was noted, less what cannot be used. Raises ValueError when it is no object at all."""
+    if not isinstance(state, dict):
+        raise ValueError("not a JSON object")
+    return {name: value for name, value in state.items() if isinstance(value, _TYPES.get(name, object))}
 
 
 def _names(folder: Path) -> list[str]:

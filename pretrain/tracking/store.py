@@ -5,6 +5,7 @@ Torch-free; MLflow itself is imported by :func:`import_client` alone.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -28,6 +29,18 @@ _SETTINGS = {
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# Answers that stay the same until someone changes something.
+_LASTING = (
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "CUSTOMER_UNAUTHORIZED",
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "RESOURCE_DOES_NOT_EXIST",
+    "NOT_IMPLEMENTED",
+)
+_LASTING_ERRNO = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 _ours: dict[str, str] = {}
 _opening = threading.Lock()
 
@@ -84,7 +97,14 @@ def run_link(uri: str, run_id: str | None, experiment_id: str | None) -> str:
     return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def error_code(error: Exception) -> str:
+def passes_by_itself(error: BaseException) -> bool:
+    """Whether trying again later can help: a server that is away or busy, rather than a refusal."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in _LASTING_ERRNO
+    return not isinstance(error, ImportError) and error_code(error) not in _LASTING
+
+
+def error_code(error: BaseException) -> str:
     """MLflow's name for an error, such as ``RESOURCE_DOES_NOT_EXIST``; empty for other exceptions."""
     code: Any = getattr(error, "error_code", "")
     return str(code)

@@ -35,8 +35,12 @@ _KEY_TAG = "pretrain.key"
 # configuration is an artifact of the run.
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE = 1000, 100, 500
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-_FILES = ("config.yaml", "command.txt", "environment.json", "git.json", "git.diff", "lifecycle.jsonl")
-_FOLDERS = ("revisions", "slurm", "reports", "health", "artifacts")
+# One file may be refused for its own sake; after so many in a row it is the place where files go.
+_MAX_FAILED_FILES = 3
+
+
+class ArtifactsError(RuntimeError):
+    """The store has values and status, and could not take files; its cause is the first refusal."""
 
 
 class RunUploader:
@@ -107,7 +111,8 @@ class RunUploader:
     def step(self) -> tuple[int, bool]:
         """Sends one parcel of limited size; returns the number of values and whether it was the last one for now.
 
-        With the last one status and tags follow. What has arrived is noted at once. Raises as :meth:`flush`.
+        With the last one tags and status follow, and files once the run has ended. What has arrived is noted at once.
+        Raises as :meth:`flush`; ArtifactsError when all but files has arrived.
         """
         with self._alone():
             client = self._connect()
@@ -144,36 +149,56 @@ class RunUploader:
         status = run_status(journal, boundary)
         if status is not None and status.name != self._spool.state["status"]:
             self._set_status(client, status)
+        elif self._spool.state["unclosed"]:
+            self._close(client)
 
     def _set_status(self, client: MlflowClient, status: Status) -> None:
         if status.is_terminal:
-            self._send_artifacts(client)
-            self._remove_duplicates(client)
             client.set_terminated(self.run_id, status=status.name, end_time=int(status.since * 1000))
         else:
             client.update_run(self.run_id, status=status.name)
-        self._spool.state["status"] = status.name
+        self._spool.state |= {"status": status.name, "unclosed": status.is_terminal}
+        self._spool.save()
+        if status.is_terminal:
+            self._close(client)
+
+    def _close(self, client: MlflowClient) -> None:
+        """What follows a terminal status. It comes after: where files go may be another place, out of reach from here,
+        and an ended run must not be shown as running for that."""
+        try:
+            self._remove_duplicates(client)
+        finally:
+            self._send_artifacts(client)
+        self._spool.state["unclosed"] = False
         self._spool.save()
 
     def _send_artifacts(self, client: MlflowClient) -> None:
-        """Sends files that have changed since they were sent; each is noted, so that a slow server gets on."""
-        sent = self._spool.state["sent_artifacts"]
-        for path in self._artifact_files():
-            stat = path.stat()
-            version = f"{stat.st_size} {stat.st_mtime_ns}"
-            if sent.get(str(path)) == version:
-                continue
+        """Sends files that have changed since they were sent; each is noted, so that a slow server gets on.
+
+        Raises ArtifactsError when some could not be sent.
+        """
+        first: Exception | None = None
+        num_failed = in_a_row = 0
+        unsent = self._spool.unsent_artifacts()
+        for path, version in unsent:
             folder = path.parent.relative_to(self.run_path) if path.is_relative_to(self.run_path) else Path()
             name = str(folder).removeprefix("artifacts").strip("./") or None
-            client.log_artifact(self.run_id, str(path), name)
-            sent[str(path)] = version
+            try:
+                client.log_artifact(self.run_id, str(path), name)
+            except Exception as error:
+                first = first or error
+                num_failed, in_a_row = num_failed + 1, in_a_row + 1
+                if in_a_row == _MAX_FAILED_FILES:
+                    break
+                continue
+            in_a_row = 0
+            self._spool.state["sent_artifacts"][str(path)] = version
             self._spool.save()
-
-    def _artifact_files(self) -> list[Path]:
-        own = [self.run_path / name for name in _FILES]
-        listed = [Path(path) for path in self._spool.state["artifacts"]]
-        found = [path for folder in _FOLDERS for path in (self.run_path / folder).rglob("*")]
-        return [path for path in (*own, *listed, *sorted(found)) if path.is_file() and path.stat().st_size]
+        if first is not None:
+            left = len(self._spool.unsent_artifacts())
+            raise ArtifactsError(
+                f"{left} of the run's files could not be sent: {type(first).__name__}: {first}"
+            ) from first
 
     def _send(self, client: MlflowClient, metrics: list[Metric]) -> None:
         try:

@@ -23,9 +23,9 @@ from pretrain.training.signals import StopRequest, StopRequestedError
 
 if TYPE_CHECKING:
     from launchers.run_dir import RunDir
+    from pretrain.checkpoint.store import CheckpointStore
     from pretrain.config.schema import Config
     from pretrain.parallel.process import ProcessEnvironment
-    from pretrain.tracking.metrics_log import MetricsLog
     from pretrain.training.health import HealthMonitor
 
 logger = logging.getLogger("pretrain")
@@ -101,6 +101,7 @@ def _start(path: Path, checkpoint: str | None, stop: StopRequest, heart: Heart |
     from launchers.run_dir import RunDir
     from pretrain.config.check import check
     from pretrain.parallel.process import ProcessEnvironment
+    from pretrain.training.surroundings import check_surroundings
 
     env = ProcessEnvironment.read()
     run = RunDir.open(path)
@@ -108,53 +109,8 @@ def _start(path: Path, checkpoint: str | None, stop: StopRequest, heart: Heart |
     config = check(tree)
     if heart is not None:
         heart.interval_s = config.lifecycle.heartbeat_interval_s
-    _check_surroundings(run, config, env)
+    check_surroundings(run, config, env)
     return _Rank(run, tree, config, env, stop).train(checkpoint)
-
-
-def _check_surroundings(run: RunDir, config: Config, env: ProcessEnvironment) -> None:
-    """What must agree between this rank and the others, checked before it joins them.
-
-    Raises:
-        ValueError: naming the number of processes, or every package, that differs.
-    """
-    from launchers.provenance import package_versions
-
-    faults = []
-    if env.world_size != config.launcher.num_processes:
-        faults.append(
-            f"{env.world_size} processes were started, expected launcher.num_processes="
-            f"{config.launcher.num_processes}; start that many, or `pretrain resume {run.path} "
-            f"launcher.num_processes={env.world_size}`"
-        )
-    recorded, here = run.recorded_versions(env.attempt), package_versions()
-    for name in sorted(_SHARED_PACKAGES & (recorded.keys() | here.keys())) if recorded else ():
-        if recorded.get(name) != here.get(name):
-            faults.append(
-                f"{name} {here.get(name, 'is missing')} on {socket.gethostname()}, {recorded.get(name, 'none')} where "
-                "the run was started; use the same environment on all nodes"
-            )
-    if faults:
-        raise ValueError("This rank does not fit the run: " + "; ".join(faults))
-
-
-# Packages whose numbers or state would differ between ranks of mixed versions.
-_SHARED_PACKAGES = frozenset({"pretrain", "torch", "numpy", "deepspeed", "megatron-core", "safetensors"})
-
-
-class _EchoedLog:
-    """Metrics records, each also as a plain line in rank 0's log: under any launcher the log tells the run."""
-
-    def __init__(self, metrics: MetricsLog, title: str, attempt: int) -> None:
-        from launchers.progress import ProgressState
-
-        self._metrics = metrics
-        self._state = ProgressState(title, attempt)
-
-    def write(self, event: str, **fields: Any) -> None:
-        line = self._state.update(self._metrics.write(event, **fields))
-        if line:
-            logger.info("%s", line)
 
 
 class _Rank:
@@ -177,7 +133,6 @@ class _Rank:
     def train(self, checkpoint: str | None) -> int:
         import torch
 
-        from launchers.lease import check_attempt
         from pretrain.parallel.megatron_import import prepare_environment
         from pretrain.parallel.process import join_process_group, select_device
 
@@ -186,7 +141,7 @@ class _Rank:
         if self.config.engine.name == "megatron":
             prepare_environment()
         device = select_device(self.config.launcher.device, self.env.local_rank)
-        check_attempt(self.run, self.env.attempt)
+        self._fence()
         logger.info(
             "rank %d of %d on %s (node %d of %d), attempt %d, device %s, %d threads, torch %s",
             self.env.rank,
@@ -220,19 +175,15 @@ class _Rank:
         return ExitCode.RESUMABLE if interrupted else ExitCode.FINISHED
 
     def _open_log(self) -> None:
-        from launchers.lease import check_attempt
         from pretrain.training.callbacks import NullLog
 
         self.log = NullLog()
         if self.env.rank == 0:
             from pretrain.tracking.metrics_log import MetricsLog
+            from pretrain.training.echoed_log import EchoedLog
 
-            metrics = MetricsLog(
-                self.run.metrics_path,
-                self.env.attempt,
-                fence=lambda: check_attempt(self.run, self.env.attempt),
-            )
-            self.log = _EchoedLog(metrics, self.run.path.name, self.env.attempt)
+            metrics = MetricsLog(self.run.metrics_path, self.env.attempt, fence=self._fence)
+            self.log = EchoedLog(metrics, self.run.path.name, self.env.attempt)
 
     def _phase(self, name: str) -> None:
         self.log.write("phase", name=name)
@@ -247,8 +198,10 @@ class _Rank:
         from pretrain.checkpoint.store import CheckpointStore
         from pretrain.config.components import build_component
         from pretrain.engines.build import build_engine
+        from pretrain.training.data_metrics import DataMetricsCallback
         from pretrain.training.initial_weights import begin_with_weights
         from pretrain.training.loop import Trainer
+        from pretrain.training.rank_callbacks import rank_callbacks
         from pretrain.training.report import write_report
         from pretrain.training.resume import resume
         from pretrain.training.rollback import Rollback
@@ -271,13 +224,28 @@ class _Rank:
         if self.env.rank == 0:
             for name in store.sweep():
                 logger.info("removed %s, left by an interrupted save", name)
+        events, checkpoint = self._bad_steps(store, checkpoint)
         self.state, callback_states = resume(store, checkpoint, config, engine, self.env)
         if config.train.init_from is not None and store.select(checkpoint) is None:
             self._phase("taking over initial weights")
             self._starting("taking over initial weights")
             begin_with_weights(self.run, config, engine, self.env)
-        health = self._health()
-        callbacks = self._callbacks(engine, store, sources, health)
+        health = self._health(events)
+        data_metrics = DataMetricsCallback(sources.train, lambda: getattr(self.stream, "ready_steps", 0))
+        self._start_monitor(data_metrics)
+        callbacks = rank_callbacks(
+            self.run,
+            self.tree,
+            config,
+            self.env,
+            log=self.log,
+            fence=self._fence,
+            engine=engine,
+            store=store,
+            sources=sources,
+            health=health,
+            data_metrics=data_metrics,
+        )
         for callback in callbacks:
             callback.load_state_dict(callback_states.get(callback.name, {}))
 
@@ -305,6 +273,7 @@ class _Rank:
             precision=config.train.precision,
             tokens_per_step=config.train.global_batch_size * getattr(config.data, "sequence_length", 1),
             resumed=self.state.step > 0,
+            revision=self.run.revision(),
         )
         trainer = Trainer(
             config=config,
@@ -333,69 +302,28 @@ class _Rank:
 
         check_attempt(self.run, self.env.attempt)
 
-    def _health(self) -> HealthMonitor:
-        """The judge of steps, knowing of the run's bad steps; what they left out stays left out."""
+    def _bad_steps(self, store: CheckpointStore, checkpoint: str | None) -> tuple[list[dict[str, Any]], str | None]:
+        """Bad steps on record, and the checkpoint to continue from once what they led to has been carried out."""
         from pretrain.parallel.process import gather_objects
-        from pretrain.training.health import HealthMonitor
         from pretrain.training.health_records import read_events
+        from pretrain.training.rollback import finish_rollback
 
         # Rank 0's view of the folder is everyone's.
-        events = gather_objects(read_events(self.run.health_path) if self.env.rank == 0 else None)[0]
+        found = None
+        if self.env.rank == 0:
+            events = read_events(self.run.health_path)
+            size, attempt = self.config.train.global_batch_size, self.env.attempt
+            found = events, finish_rollback(store, checkpoint, events, size, attempt=attempt, fence=self._fence)
+        return gather_objects(found)[0]
+
+    def _health(self, events: list[dict[str, Any]]) -> HealthMonitor:
+        """The judge of steps, knowing of the run's bad steps; what they left out stays left out."""
+        from pretrain.training.health import HealthMonitor
+
         global_batch = self.config.train.global_batch_size
         skipped = [batch for event in events for batch in event["skipped"]]
         self.state.skip(batch for batch in skipped if batch * global_batch >= self.state.samples)
         return HealthMonitor(self.config.health, num_events=len(events))
-
-    def _callbacks(self, engine: Any, store: Any, sources: Any, health: HealthMonitor) -> list[Any]:
-        from launchers.lease import check_attempt
-        from pretrain.config.freeze import config_digest
-        from pretrain.training import callbacks as own
-        from pretrain.training.data_metrics import DataMetricsCallback
-        from pretrain.training.data_state import DataCallback
-        from pretrain.training.health_callback import HealthCallback
-        from pretrain.training.health_records import HealthRecords
-        from pretrain.training.sampling import TextSampler
-
-        facts = {
-            "data_fingerprint": sources.train.fingerprint,
-            "config_digest": config_digest(self.tree),
-            "revision": self.run.revision(),
-            "world_size": self.env.world_size,
-            "precision": self.config.train.precision,
-        }
-        if (initial := self.run.initial_weights()) is not None:
-            facts["initial_weights"] = initial["digest"]
-        # The checkpoint of a step comes before its validation, which may be long and may be cut short.
-        result: list[Any] = []
-        if self.config.train.trace:
-            from pretrain.training.trace import TraceCallback
-
-            result.append(TraceCallback(self.run.trace_path(self.env.attempt), self.env.rank))
-        budget = getattr(self.config.data, "damage_budget", None)
-        result.append(DataCallback(self.log, sources.train, self.run.quarantine_path, budget))
-        records = HealthRecords(self.run.health_path, self.env.attempt, fence=self._fence)
-        result.append(HealthCallback(self.log, health, records, sources, rank=self.env.rank))
-        data_metrics = DataMetricsCallback(sources.train, lambda: getattr(self.stream, "ready_steps", 0))
-        result += [data_metrics, own.MetricsCallback(self.log)]
-        self._start_monitor(data_metrics)
-        result.append(
-            own.CheckpointCallback(
-                store,
-                self.log,
-                rank=self.env.rank,
-                attempt=self.env.attempt,
-                fence=lambda: check_attempt(self.run, self.env.attempt),
-                facts=facts,
-            )
-        )
-        if sources.validation is not None:
-            if sources.validation.num_samples is None:
-                raise ValueError("data: the validation source is endless (num_samples None); validation needs an end")
-            result.append(own.EvaluationCallback(self.log, sources.validation))
-        wants_samples = self.env.rank == 0 and self.config.train.sample_prompts and sources.tokenizer_path
-        if wants_samples and engine.module is not None and TextSampler.supports(engine.module):
-            result.append(own.SamplingCallback(self.log, TextSampler(sources.tokenizer_path)))
-        return result
 
     def _start_tracker(self, sources: Any) -> None:
         if self.env.rank == 0 and self.config.tracking.enabled:

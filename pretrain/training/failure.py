@@ -105,3 +105,8 @@ def guarded(action: Callable[[], int]) -> int:
         prefix = "" if isinstance(error, InvalidConfigError) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
         return exit_code_of(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room, then try again", file=sys.stderr)
+        return ExitCode.FAILED

@@ -140,6 +140,7 @@ class Trainer:
         self.host_batches: list[Batch] = []  # this rank's micro-batches of the latest step
         self.health = health or HealthMonitor(config.health)
         self._rollback = rollback
+        self._went_back_to: int | None = None
         self._open_stream = open_stream
         self._stop = stop
         # Ranks need not have the same callbacks (rank 0 alone samples), but those that work in the background they do.
@@ -210,7 +211,9 @@ class Trainer:
             for callback in self.callbacks:
                 callback.before_rollback(self)
             window = window_before(batch, self.health.config.skip_window, set(self.state.skipped))
-            plan = self._rollback.plan(window, global_batch)
+            # No step went well from there: the fault may lie in the checkpoint.
+            doubtful = self.state.step if self.state.step == self._went_back_to else None
+            plan = self._rollback.plan(window, global_batch, doubtful)
             if plan is None:
                 action, reason = "stop", "no intact checkpoint before it is left to go back to"
             else:
@@ -235,6 +238,7 @@ class Trainer:
         self.state.skip(bad.skipped)
         if plan is not None and self._rollback is not None:
             self._rollback.carry_out(self, plan)
+            self._went_back_to = plan.step
             for callback in self.callbacks:
                 callback.on_rollback(self)
 

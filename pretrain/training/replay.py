@@ -1,7 +1,8 @@
 """One rank of a replay: ``python -m pretrain.training.replay RUN_DIR --step N --output DIR`` (`pretrain replay`).
 
-Loads the nearest checkpoint before the step, trains up to it exactly as the run did, and makes the step without its
-update. The run directory is read only.
+Takes the settings from ``replay_config.yaml`` in the output folder, which the command wrote there. Loads the nearest
+checkpoint before the step, trains up to it exactly as the run did, and makes the step without its update. The run
+directory is read only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pretrain")
 
 RESULT_NAME = "replay.json"
+CONFIG_NAME = "replay_config.yaml"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +57,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     from launchers.run_dir import RunDir
     from pretrain.config.check import check
+    from pretrain.config.freeze import load
     from pretrain.parallel.megatron_import import prepare_environment
     from pretrain.parallel.process import ProcessEnvironment, join_process_group, select_device
     from pretrain.training.health_records import plain
@@ -62,7 +65,8 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     env = ProcessEnvironment.read()
     run = RunDir.open(arguments.run_dir)
-    config = check(run.config())
+    settings = arguments.output / CONFIG_NAME
+    config = check(load(settings.read_text(encoding="utf-8"), str(settings)))
     target = replay_target(run, config.train.global_batch_size, arguments.step, arguments.batch)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(config.run.seed)
@@ -70,7 +74,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         prepare_environment()
     device = select_device(config.launcher.device, env.local_rank)
     join_process_group(env, device)
-    found = _Replay(config, target, env, device).run()
+    found = _Replay(config, target, env, device, run.quarantine_path).run()
     if env.rank == 0:
         result = {"run": str(run.path), **found}
         (arguments.output / RESULT_NAME).write_text(json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
@@ -82,7 +86,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 class _Replay:
     """Engine, data and loop of the run, brought to the step."""
 
-    def __init__(self, config: Config, target: ReplayTarget, env: Any, device: Any) -> None:
+    def __init__(self, config: Config, target: ReplayTarget, env: Any, device: Any, quarantine: Path) -> None:
         from pretrain.config.components import build_component
         from pretrain.engines.build import build_engine
 
@@ -90,6 +94,9 @@ class _Replay:
         self.target = target
         self.env = env
         self.sources = build_component(config.data, seed=config.run.seed)
+        if hasattr(self.sources.train, "bad_data"):
+            # What was substituted stays substituted, also where it has healed since.
+            self.sources.train.bad_data.recall(quarantine)
         self.objective = build_component(config.objective)
         self.engine = build_engine(config, device)
 
@@ -105,6 +112,8 @@ class _Replay:
         result = {
             "step": target.step,
             "batch": target.batch,
+            "attempt": target.attempt,
+            "revision": target.revision,
             "checkpoint": None if target.checkpoint is None else str(target.checkpoint),
             "steps_advanced": target.step - 1 - target.checkpoint_step,
             "skipped": target.skipped,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ class ReplayTarget:
     """Step ``step`` on batch ``batch``, with ``skipped`` left out before it.
 
     ``event`` is the bad step on record, None for one that was made; ``loss`` and ``grad_norm`` are those on record
-    (None: the step was not logged). ``checkpoint`` None stands for the initial weights.
+    (None: the step was not logged). ``checkpoint`` None stands for the initial weights. ``attempt`` made or tried the
+    step (None: not on record), with the settings of ``revision``; ``other_revisions`` are those of the steps since the
+    checkpoint, where others. ``seconds`` is what a step took, None when that is not on record.
     """
 
     step: int
@@ -34,6 +39,10 @@ class ReplayTarget:
     grad_norm: float | None
     checkpoint: Path | None
     checkpoint_step: int
+    attempt: int | None = None
+    revision: int = 0
+    other_revisions: list[int] = field(default_factory=list)
+    seconds: float | None = None
 
 
 def replay_target(run: RunDir, global_batch: int, step: int, batch: int | None = None) -> ReplayTarget:
@@ -45,8 +54,11 @@ def replay_target(run: RunDir, global_batch: int, step: int, batch: int | None =
         ReplayError: there was no such step, or no such batch at it.
     """
     events = read_events(run.health_path)
-    records = effective_records(read_records(run.metrics_path)) if run.metrics_path.is_file() else []
-    made = max((record["step"] for record in records if record.get("step") is not None), default=0)
+    written = read_records(run.metrics_path) if run.metrics_path.is_file() else []
+    records = effective_records(written)
+    # A bad step was not made; the history keeps it also where the run went back behind it.
+    steps = [record["step"] for record in records if record.get("step") is not None and record["event"] != "health"]
+    made = max(steps, default=0)
     here = [event for event in events if event["step"] == step]
     if step < 1 or (step > made and not here):
         raise ReplayError(f"--step {step}: {run.path} has made {made} steps; give a step from 1 to {max(made, 1)}")
@@ -65,7 +77,76 @@ def replay_target(run: RunDir, global_batch: int, step: int, batch: int | None =
     else:
         metrics = next((r["metrics"] for r in records if r["event"] == "train" and r["step"] == step), {})
     folder, reached = _nearest(CheckpointStore(run.checkpoints_path), step, skipped, global_batch)
-    return ReplayTarget(step, chosen, skipped, event, metrics.get("loss"), metrics.get("grad_norm"), folder, reached)
+    starts = _starts(run, written)
+    attempt, revision = _maker(starts, step)
+    if event is not None:
+        attempt = event.get("attempt", attempt)
+        revision = next((start.revision for start in starts if start.attempt == attempt), revision)
+    if revision is None:
+        revision = run.revision()
+    others = {_maker(starts, between)[1] for between in range(reached + 1, step)} - {revision, None}
+    return ReplayTarget(
+        step,
+        chosen,
+        skipped,
+        event,
+        metrics.get("loss"),
+        metrics.get("grad_norm"),
+        folder,
+        reached,
+        attempt,
+        revision,
+        sorted(number for number in others if number is not None),
+        _seconds(records),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """An attempt that began to train from ``step``, or went back to it, with the settings of ``revision``."""
+
+    attempt: int
+    step: int
+    revision: int
+
+
+def _starts(run: RunDir, records: list[dict[str, Any]]) -> list[_Start]:
+    """All starts on record, in order. One that does not name its revision had the newest that was there by then."""
+    dates = [(_written(run, number), number) for number in range(1, run.revision() + 1)]
+    found = []
+    for record in records:
+        if record["event"] == "start" and record.get("step") is not None:
+            revision = record.get("revision")
+            if revision is None:
+                revision = max((number for date, number in dates if date <= record["time"]), default=0)
+            found.append(_Start(record["attempt"], record["step"], revision))
+        elif record["event"] == "health" and "to_step" in record and found:
+            found.append(_Start(record["attempt"], record["to_step"], found[-1].revision))
+    return found
+
+
+def _maker(starts: list[_Start], step: int) -> tuple[int | None, int | None]:
+    """Attempt and revision that made ``step`` in the history that counts; None where none is on record."""
+    start = next((start for start in reversed(starts) if start.step < step), None)
+    return (None, None) if start is None else (start.attempt, start.revision)
+
+
+def _written(run: RunDir, number: int) -> float:
+    """When a revision was frozen, unix seconds: as its first line says, else as its file does."""
+    path = run.revision_path(number)
+    try:
+        line = path.read_text(encoding="utf-8").partition("\n")[0]
+        return datetime.strptime(line.rpartition(", ")[2], "%Y-%m-%d %H:%M:%S%z").timestamp()
+    except OSError:
+        return math.inf
+    except ValueError:
+        return path.stat().st_mtime
+
+
+def _seconds(records: list[dict[str, Any]]) -> float | None:
+    """Median seconds of a step on record."""
+    found = [r["metrics"]["step_s"] for r in records if "step_s" in r.get("metrics", {})]
+    return statistics.median(found) if found else None
 
 
 def batch_of_step(step: int, skipped: Collection[int]) -> int:

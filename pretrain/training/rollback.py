@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.manifest import CorruptCheckpointError, Manifest
+from pretrain.checkpoint.manifest import CheckpointError, CorruptCheckpointError, Manifest
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.parallel.process import ProcessEnvironment, gather_objects
@@ -48,18 +48,19 @@ class Rollback:
         self._attempt = attempt
         self._fence = fence
 
-    def plan(self, window: Sequence[int], global_batch: int) -> RollbackPlan | None:
+    def plan(self, window: Sequence[int], global_batch: int, doubtful: int | None = None) -> RollbackPlan | None:
         """The newest intact checkpoint before the first batch of ``window``, none of which is to be trained on.
 
         Where none is left from before the window, the newest before its last batch: then only the batches after the
-        checkpoint can be left out. None when there is no such checkpoint either.
+        checkpoint can be left out. None when there is no such checkpoint either. The checkpoint of step ``doubtful``
+        is taken only when there is no other.
         """
         # Rank 0's view of the folder is everyone's.
         found = gather_objects(self._positions() if self._env.rank == 0 else None)[0]
         before = [step for step, samples in found if samples <= window[0] * global_batch]
         within = [step for step, samples in found if window[0] * global_batch < samples <= window[-1] * global_batch]
         positions = dict(found)
-        for step in (*reversed(before), *reversed(within)):
+        for step in sorted((*reversed(before), *reversed(within)), key=lambda step: step == doubtful):
             folder = self._store.path(step)
             if faults := hash_faults(folder, self._env):
                 logger.warning("cannot go back to %s: %s", folder, "; ".join(faults))
@@ -91,3 +92,65 @@ class Rollback:
             except CorruptCheckpointError as error:
                 logger.warning("%s", error)
         return found
+
+
+def finish_rollback(
+    store: CheckpointStore,
+    choice: str | None,
+    events: Sequence[dict[str, Any]],
+    global_batch: int,
+    *,
+    attempt: int,
+    fence: Callable[[], None],
+) -> str | None:
+    """Carry out what an earlier attempt wrote down in ``events`` and did not live to do; returns the choice to make.
+
+    A checkpoint that was trained on batches which the run left out by going back belongs to the history that it left.
+    If ``choice`` (as of :meth:`CheckpointStore.select`) is one of them, the checkpoint that was to be gone back to
+    takes its place; all of them are set aside. Call only as the one writer.
+
+    Raises:
+        CheckpointError: the checkpoint that was to be gone back to is gone.
+    """
+    chosen = store.select(choice)
+    if chosen is None or not (backs := [event for event in events if event["action"] == "rollback"]):
+        return choice
+    left = {step: left_by for step in store.steps() if (left_by := _left_by(store.path(step), backs, global_batch))}
+    # By the folder's name: a damaged manifest is for the verification that follows to tell of.
+    steps = {store.path(step).name: step for step in store.steps()}
+    after = steps[chosen.name]
+    if after in left:
+        event = min(left[after], key=lambda event: int(event["to_step"]))
+        after = int(event["to_step"])
+        if not store.path(after).is_dir():
+            raise CheckpointError(
+                f"{chosen} was trained on batches {event['skipped']}, which the run left out at bad step "
+                f"{event['step']} by going back to {store.path(after).name}; that is missing. Restore it, choose an "
+                "earlier checkpoint with --checkpoint, or remove the step's file in health/ to train on the batches"
+            )
+        logger.warning(
+            "bad step %d: going back to step %d had not been finished; batches %s are left out from there",
+            event["step"],
+            after,
+            event["skipped"],
+        )
+        choice = store.path(after).name
+    if any(step > after for step in left):
+        fence()
+        moved = store.set_aside(after, attempt)
+        logger.warning("set aside, as of the history that the run went back from: %s", ", ".join(moved))
+    return choice
+
+
+def _left_by(folder: Path, events: Sequence[dict[str, Any]], global_batch: int) -> list[dict[str, Any]]:
+    """Those of ``events`` that left out batches on which the checkpoint was trained."""
+    try:
+        training = Manifest.load(folder).training
+    except CorruptCheckpointError:
+        return []
+    passed, kept_out = int(training["samples"]), set(training.get("skipped", []))
+    return [
+        event
+        for event in events
+        if any(batch * global_batch < passed and batch not in kept_out for batch in event["skipped"])
+    ]

@@ -42,7 +42,7 @@ def test_a_valid_tree_is_typed(make_tree: MakeTree) -> None:
         ("train.clip_grad_norm", False, "a number or null", "1.0"),
         ("train.precision", "bf61", "one of fp32, bf16", "did you mean train.precision=bf16"),
         ("tracking.enabled", 1, "true or false", "true"),
-        ("run.name", 5, "text", "run"),
+        ("run.name", 5, "text", "run.name='\"5\"'"),
         ("run.import_paths", "lib", "a list", "list"),
         ("optimizer.betas", [0.9], "a list of 2", "list of 2"),
         ("optimizer.schedule", 3, "a mapping", "mapping"),

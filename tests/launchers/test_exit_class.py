@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launchers.exit_codes import ExitCode
 from launchers.lifecycle.end_record import read_end_records, write_end_record
 from launchers.lifecycle.exit_class import Evidence, ExitClass, RankEnd, StopReason, class_of_code, classify
-from launchers.lifecycle.memory import oom_kills
+from launchers.lifecycle.memory import OomKills, oom_kills
 from launchers.run_dir import RunDir
 
 KILL, TERM, SEGV = (128 + number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV))
@@ -166,8 +166,8 @@ def test_kills_for_memory_are_counted_where_the_kernel_tells(tmp_path: Path) -> 
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
     (tmp_path / "proc/vmstat").write_text("nr_free_pages 1\noom_kill 9\n")
-    assert oom_kills(tmp_path) == 9
+    assert oom_kills(tmp_path) == OomKills(9, anyone_s=True)
     group = tmp_path / "sys/fs/cgroup/job/step"
     group.mkdir(parents=True)
     (group / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
-    assert oom_kills(tmp_path) == 2
+    assert oom_kills(tmp_path) == OomKills(2)

@@ -136,6 +136,14 @@ class Clock:
             write_heartbeat(heartbeat_path(self.run, 1, told.rank), told)
 
     def after(self, seconds: float) -> Any:
+        """Looks every second, as a supervisor does; the first hang that is found."""
+        until = self.now + seconds
+        while True:
+            self.now = min(until, self.now + 1.0)
+            if (hang := self.watch.poll(self.now)) is not None or self.now == until:
+                return hang
+
+    def suspended(self, seconds: float) -> Any:
         self.now += seconds
         return self.watch.poll(self.now)
 
@@ -143,16 +151,40 @@ class Clock:
 def test_progress_of_any_rank_puts_a_hang_off_and_time_without_it_counts(run: RunDir) -> None:
     clock = Clock(run, 2)
     clock.tell(beat(0), beat(1))
-    assert clock.after(0) is None
+    assert clock.after(58) is None
     clock.tell(beat(0, time=259.0), beat(1, time=259.0, progress=11))
-    assert clock.after(59) is None
+    assert clock.after(1) is None
     clock.tell(beat(0, time=318.0), beat(1, time=318.0, progress=11))
     assert clock.after(59) is None
     clock.tell(beat(0, time=320.0), beat(1, time=320.0, progress=11))
-    hang = clock.after(2)
+    hang = clock.after(1)
     assert hang is not None
-    assert hang.seconds == 61
+    assert hang.seconds == 60
     assert hang.silent == []
+
+
+def test_time_in_which_the_job_was_suspended_does_not_count(run: RunDir) -> None:
+    clock = Clock(run, 2)
+    clock.tell(beat(0), beat(1))
+    assert clock.after(40) is None
+    for _ in range(3):
+        assert clock.suspended(3600) is None
+    assert list(clock.watch.silent(clock.now)) == [0, 1]  # for the 40 s before alone
+    clock.tell(beat(0, time=259.0), beat(1, time=259.0))
+    assert clock.after(15) is None
+    assert clock.watch.silent(clock.now) == {}
+    # What stood still before and after is one hang.
+    hang = clock.after(10)
+    assert hang is not None
+    assert 55 < hang.seconds < 62
+
+
+def test_before_the_first_beat_a_suspension_does_not_count_either(run: RunDir) -> None:
+    clock = Clock(run, 2)
+    assert clock.after(200) is None
+    assert clock.suspended(3600) is None
+    assert clock.after(90) is None
+    assert clock.after(20) is not None
 
 
 def test_clocks_of_ranks_may_be_wrong(run: RunDir) -> None:
@@ -166,9 +198,9 @@ def test_clocks_of_ranks_may_be_wrong(run: RunDir) -> None:
 
 def test_before_the_first_step_the_time_of_start_up_counts(run: RunDir) -> None:
     clock = Clock(run, 1)
-    assert clock.after(0) is None
-    clock.tell(beat(0, "start", step=40, steps=0))
     assert clock.after(250) is None
+    clock.tell(beat(0, "start", step=40, steps=0))
+    assert clock.after(1) is None
     assert clock.after(290) is None
     clock.tell(beat(0, "start", step=40, steps=0, time=201.0))
     assert clock.after(15) is not None

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers.lifecycle.exit_class import ExitClass, Verdict
@@ -109,20 +109,47 @@ def test_another_class_or_a_user_s_start_begins_a_new_row() -> None:
     assert repeats(crash, Progress(0, 5), [ended("crash", "restart", 9), ended("crash", "restart", 7, 4)]) == 3
 
 
-def test_the_budget_counts_over_the_whole_life() -> None:
-    history = [
-        ended("preempted", "requeue", 5),
-        ended("crash", "stop", 7),
-        ended("killed", "restart", 9),
-        ended("interrupted", "stop", 11),
-    ]
+def test_the_budget_counts_faults_since_the_user_s_start() -> None:
+    earlier = [ended("crash", "restart", 5), ended("hang", "stop", 7)]
+    submitted = {"event": "submitted", "kind": "resume"}
+    for before in ([], earlier, [ended("crash", "restart", 5), submitted]):
+        assert restarts_used([*before, ended("killed", "restart", 9), {"event": "submitted", "kind": "chain"}]) == 1
+    history = [*earlier, ended("killed", "restart", 9), ended("crash", "restart", 11, 9)]
     assert restarts_used(history) == 2
     crash = verdict(ExitClass.CRASH)
     assert decide(crash, Progress(11, 12), history, CONFIG, 3, SLURM).action == "restart"
     spent = decide(crash, Progress(11, 12), history, CONFIG, 2, SLURM)
     assert spent.action == "stop"
     assert "2 of launcher.max_restarts = 2" in spent.reason
+    assert "raise launcher.max_restarts" in spent.reason
     assert "launcher.max_restarts is 0" in decide(crash, Progress(0, 1), [], CONFIG, 0, Place()).reason
+
+
+@pytest.mark.parametrize("exit_class", [ExitClass.TIME_LIMIT, ExitClass.PREEMPTED])
+def test_a_long_run_takes_as_many_jobs_as_it_takes(exit_class: ExitClass) -> None:
+    history = [ended(exit_class, "requeue", 100 * (n + 1), 100 * n) for n in range(50)]
+    assert restarts_used(history) == 0
+    left = verdict(exit_class, node=None)
+    assert decide(left, Progress(5000, 5100), history, CONFIG, 20, SLURM).action == "requeue"
+    # Jobs that end before they have come further cost the budget, and break the loop.
+    stuck = [*history, ended(exit_class, "requeue", 5000, 5000)]
+    assert restarts_used(stuck) == 1
+    assert decide(left, Progress(5000, 5000), stuck, CONFIG, 1, SLURM).action == "stop"
+    assert decide(left, Progress(5000, 5100), stuck, CONFIG, 1, SLURM).action == "requeue"
+    # Who allows no restarts gets none.
+    assert decide(left, Progress(5000, 5100), history, CONFIG, 0, SLURM).action == "stop"
+
+
+@pytest.mark.parametrize("start", [ended("interrupted", "stop", 1000), {"event": "submitted", "kind": "resume"}])
+def test_steps_after_going_back_by_hand_are_new(start: dict[str, Any]) -> None:
+    history = [ended("time_limit", "requeue", 1000), start]
+    for first in (100, 200, 300, 400):
+        progress = Progress(first, first + 100)
+        assert repeats(verdict(ExitClass.TIME_LIMIT), progress, history) == 0
+        assert decide(verdict(ExitClass.TIME_LIMIT), progress, history, CONFIG, 20, SLURM).action == "requeue"
+        history.append(ended("time_limit", "requeue", progress.last, progress.first))
+    # Going back once more by a rollback or fault does not count as getting on.
+    assert repeats(verdict(ExitClass.TIME_LIMIT), Progress(400, 500), history) == 2
 
 
 @st.composite
@@ -158,12 +185,21 @@ def live(
     return decided
 
 
+@settings(deadline=None)
 @given(lives())
 def test_lives_of_runs(life: tuple[list[tuple[Verdict, Progress, Place]], LifecycleConfig, int]) -> None:
     ends, config, max_restarts = life
     decided = live(ends, config, max_restarts)
-    gone_on = [entry for entry in decided if entry[3].action != "stop"]
-    assert len(gone_on) <= max_restarts
+    best, costly, gone_on = -1, 0, 0
+    for end, progress, _, decision in decided:
+        fresh = progress.last is not None and progress.last > max(best, progress.first or 0)
+        best = max(best, progress.last if progress.last is not None else -1)
+        gone_on += decision.action != "stop"
+        costly += decision.action != "stop" and not (
+            fresh and end.exit_class in (ExitClass.PREEMPTED, ExitClass.TIME_LIMIT)
+        )
+    assert costly <= max_restarts
+    assert gone_on <= costly + 9 * (max_restarts > 0), "each free one comes further, and there are nine steps"
     for end, _, place, decision in decided:
         assert decision.reason.startswith(end.reason)
         assert decision.action in ACTIONS

@@ -8,13 +8,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from launchers.lifecycle.exit_class import ExitClass
-from launchers.slurm.backend import meaning_of
+from launchers.slurm.backend import SlurmBackend, meaning_of, notice_s
 from launchers.slurm.commands import JobInfo, Slurm, SlurmError
+from launchers.slurm.start import Allocation
 from launchers.slurm.step import SrunRanks, parse_task_ends
 
 SAID = """\
@@ -131,7 +132,8 @@ def test_a_killed_agent_takes_its_node_s_ranks_along(tmp_path: Path) -> None:
     assert follow(ranks) == {0: (None, "n1"), 1: (None, "n1"), 2: (137, "n2"), 3: (137, "n2")}
 
 
-RUNNING = JobInfo(7, "RUNNING", "None", start_time=1000.0, end_time=5000.0)
+RUNNING = JobInfo(7, "RUNNING", "", start_time=1000.0, end_time=5000.0, time_limit_s=4000.0)
+ENDING = replace(RUNNING, state="COMPLETING")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,14 @@ RUNNING = JobInfo(7, "RUNNING", "None", start_time=1000.0, end_time=5000.0)
         (replace(RUNNING, state="TIMEOUT"), signal.SIGTERM, ExitClass.TIME_LIMIT, True),
         (replace(RUNNING, end_time=1999.0), signal.SIGTERM, ExitClass.TIME_LIMIT, True),
         (replace(RUNNING, state="PENDING"), signal.SIGTERM, ExitClass.PREEMPTED, True),
+        # All that ends shows as completing until its processes are gone: scancel, requeue, time limit, failed node.
+        (replace(ENDING, end_time=2000.0), signal.SIGTERM, ExitClass.INTERRUPTED, True),
+        (replace(ENDING, end_time=2000.0), None, ExitClass.INTERRUPTED, True),
+        (replace(ENDING, end_time=None, restarts=1), signal.SIGTERM, ExitClass.PREEMPTED, True),
+        (replace(ENDING, end_time=None, restarts=1), None, ExitClass.PREEMPTED, True),
+        (replace(ENDING, end_time=2000.0, reason="TimeLimit"), signal.SIGTERM, ExitClass.TIME_LIMIT, True),
+        (replace(ENDING, end_time=2000.0, reason="NodeDown"), signal.SIGTERM, ExitClass.NODE_FAILURE, True),
+        (replace(ENDING, end_time=2000.0, preempt_time=1990.0), signal.SIGTERM, ExitClass.PREEMPTED, True),
         (replace(RUNNING, state="NODE_FAIL"), signal.SIGTERM, ExitClass.NODE_FAILURE, True),
         (RUNNING, signal.SIGUSR1, ExitClass.PREEMPTED, False),
         (None, signal.SIGTERM, ExitClass.PREEMPTED, True),
@@ -160,6 +170,80 @@ def test_what_needs_no_answer_yet() -> None:
     assert meaning_of(RUNNING, None, now=2000.0) is None
     assert meaning_of(None, None, now=2000.0) is None
     # The notice of the time limit: whoever knows the end waits for the moment itself.
-    assert meaning_of(replace(RUNNING, end_time=2100.0), signal.SIGUSR1, now=2000.0) is None
+    assert meaning_of(replace(RUNNING, end_time=2100.0), signal.SIGUSR1, now=2000.0, notice_s=60) is None
     # The preemption of an earlier life of the job.
     assert meaning_of(replace(RUNNING, preempt_time=900.0), None, now=2000.0) is None
+
+
+def test_the_notice_of_the_time_limit_comes_with_the_lead_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    assert notice_s(tmp_path) == 0
+    (tmp_path / "slurm" / "job_0001.sbatch").write_text("#SBATCH --signal=B:USR1@60\n")
+    (tmp_path / "slurm" / "job_0002.sbatch").write_text("#!/bin/bash\n#SBATCH --signal=B:USR1@125\nexec true\n")
+    assert notice_s(tmp_path) == 125
+    # Slurm is up to a minute early; the ranks are asked when it is time, not by this.
+    job = replace(RUNNING, end_time=2000.0 + 125 + 60)
+    assert meaning_of(job, signal.SIGUSR1, now=2000.0, notice_s=125) is None
+    assert meaning_of(replace(job, preempt_time=1999.0), signal.SIGUSR1, now=2000.0, notice_s=125) is not None
+    early = meaning_of(replace(job, end_time=2400.0), signal.SIGUSR1, now=2000.0, notice_s=125)
+    assert early is not None
+    assert early.exit_class == ExitClass.PREEMPTED
+
+
+def test_any_node_that_is_dead_explains_a_vanished_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SlurmBackend(Allocation(7, ("n1",), (1,), "n1"), cast(Slurm, Silent()))
+    started = {"event": "attempt_started", "attempt": 1, "nodes": ["n1", "n2"]}
+    for dead, expected, node in (
+        ([], ExitClass.PREEMPTED, None),
+        (["n1"], ExitClass.NODE_FAILURE, "n1"),
+        (["n2"], ExitClass.NODE_FAILURE, "n2"),
+    ):
+        monkeypatch.setattr("launchers.slurm.backend.dead_nodes", lambda nodes, slurm, dead=dead: dead)
+        verdict = backend.vanished(started)
+        assert (verdict.exit_class, verdict.node) == (expected, node)
+
+
+class Silent:
+    """A controller without an answer to anything."""
+
+    def config(self) -> dict[str, str]:
+        raise SlurmError("no answer", transient=True)
+
+
+def test_a_command_that_was_killed_may_work_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SlurmError, match="was ended by SIGTERM") as caught:
+        Slurm().nodes(["n1"])
+    assert caught.value.transient
+
+
+def test_a_life_after_others_can_be_cancelled_too() -> None:
+    job = replace(ENDING, end_time=2000.0, restarts=2)
+    reason = meaning_of(job, signal.SIGTERM, now=2000.0, life=2)
+    assert reason is not None
+    assert reason.exit_class == ExitClass.INTERRUPTED
+    reason = meaning_of(job, signal.SIGTERM, now=2000.0, life=1)
+    assert reason is not None
+    assert reason.exit_class == ExitClass.PREEMPTED
+
+
+def test_a_command_that_the_end_of_the_job_struck_is_tried_again() -> None:
+    class Struck:
+        answers: ClassVar[list[JobInfo]] = [replace(ENDING, end_time=2000.0)]
+        asked = 0
+
+        def config(self) -> dict[str, str]:
+            return {"KillWait": "30 sec"}
+
+        def job(self, job: int) -> JobInfo:
+            self.asked += 1
+            if self.asked < 3:
+                raise SlurmError("`scontrol` ended with code -15")
+            return self.answers[0]
+
+    backend = SlurmBackend(Allocation(7, ("n1",), (1,), "n1"), cast(Slurm, Struck()))
+    reason = backend.reason_of(signal.SIGTERM)
+    assert reason is not None
+    assert reason.exit_class == ExitClass.INTERRUPTED

@@ -15,9 +15,10 @@ import pytest
 
 from launchers.lease import Lease
 from launchers.lifecycle import cancellation
-from launchers.lifecycle.exit_class import ExitClass
+from launchers.lifecycle.exit_class import ExitClass, StopReason
 from launchers.lifecycle.journal import append, read_journal
-from launchers.lifecycle.supervise import Outcome, StartError, Supervisor, excluded_nodes
+from launchers.lifecycle.memory import OomKills
+from launchers.lifecycle.supervise import NodeTrouble, Outcome, StartError, Supervisor, excluded_nodes
 from launchers.local import LocalBackend
 from launchers.run_dir import RunDir
 from pretrain.config.launch_schema import LifecycleConfig, LocalConfig
@@ -191,6 +192,100 @@ def test_a_cancellation_is_heard(run: RunDir, now: bool) -> None:
     assert cancellation.read(run) is not None  # it stands until the user starts the run again
 
 
+@pytest.mark.parametrize("earlier", [None, ExitClass.PREEMPTED])
+def test_a_job_that_is_cancelled_is_noted_at_once_and_does_not_come_back(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, earlier: ExitClass | None
+) -> None:
+    reasons = {
+        signal.SIGUSR1: StopReason(earlier, "to leave") if earlier else None,
+        signal.SIGTERM: StopReason(ExitClass.INTERRUPTED, "the job was cancelled", enforced=True),
+        None: None,
+    }
+    monkeypatch.setattr(LocalBackend, "queue", True)
+    monkeypatch.setattr(LocalBackend, "job", 7)
+    monkeypatch.setattr(LocalBackend, "second_signal_kills", False)
+    monkeypatch.setattr(LocalBackend, "reason_of", lambda self, number: reasons[number])
+    body = STOPPABLE + textwrap.dedent("""
+    if RANK == 0:
+        while not (RUN / "ready1").exists():
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGUSR1)
+        while ASKED_BEFORE and not stopped:
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+    while not stopped or '"cancelled"' not in (RUN / "lifecycle.jsonl").read_text():
+        time.sleep(0.01)
+    sys.exit(85)
+    """)
+    outcome = supervise(run, f"ASKED_BEFORE = {earlier is not None}\n{body}", max_restarts=9)
+    assert (outcome.verdict.exit_class, outcome.decision.action) == ("interrupted", "stop")
+    assert [entry["event"] for entry in read_journal(run)] == ["attempt_started", "cancelled", "attempt_ended"]
+
+
+def test_a_cancelled_attempt_whose_end_nobody_recorded_was_not_preempted(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalBackend, "queue", True)
+    monkeypatch.setattr(LocalBackend, "job", 7)
+    Lease.acquire(run).release()
+    append(run, "attempt_started", attempt=1, launcher="slurm", job=7, nodes=["n1"], num_processes=2)
+    append(run, "cancelled", job=7)
+    supervise(run, "train(0, 10)")
+    assert [(end["exit_class"], end["action"]) for end in ends(run)] == [("interrupted", "stop"), ("finished", "stop")]
+
+
+def test_a_rank_that_had_saved_when_it_was_asked_once_more_has_saved(run: RunDir) -> None:
+    body = STOPPABLE + textwrap.dedent("""
+    from launchers.lifecycle.end_record import write_end_record
+    from launchers.run_dir import RunDir
+    if RANK == 0:
+        while not (RUN / "ready1").exists():
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+    while not stopped:
+        time.sleep(0.01)
+    write_end_record(RunDir.open(RUN), ATTEMPT, RANK, 85, "interrupted", "")
+    if RANK == 1:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGUSR1)  # the second request, on its way out
+    sys.exit(85)
+    """)
+    outcome = supervise(run, body, max_restarts=9)
+    assert (outcome.code, outcome.verdict.exit_class, outcome.decision.action) == (85, "interrupted", "stop")
+    assert "the ranks saved" in ends(run)[0]["reason"]
+
+
+def test_a_rank_that_is_killed_while_it_saves_leaves_the_others_little_time(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launchers.lifecycle.attempt.AFTER_DEATH_S", 0.5)
+    body = STOPPABLE + textwrap.dedent("""
+    if RANK == 0:
+        while not (RUN / "ready1").exists():
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+    while not stopped:
+        time.sleep(0.01)
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)  # waits for the other one
+    """)
+    outcome = supervise(run, body, max_restarts=9)
+    assert (outcome.code, outcome.decision.action) == (137, "stop")
+    assert "ranks still running 0.5 s after" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("anyone_s", "exit_class"), [(True, "crash"), (False, "host_memory")])
+def test_a_kill_for_memory_of_another_s_process_is_not_this_run_s(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, anyone_s: bool, exit_class: str
+) -> None:
+    counts = iter(range(100))
+    monkeypatch.setattr("launchers.local.oom_kills", lambda: OomKills(next(counts), anyone_s))
+    assert supervise(run, "sys.exit(1)", ranks=1).verdict.exit_class == exit_class
+    killed = supervise(run, "os.kill(os.getpid(), signal.SIGKILL)", ranks=1)
+    assert killed.verdict.exit_class == "host_memory"
+
+
 def test_ranks_are_asked_before_the_time_ends_and_a_new_allocation_is_wanted(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +336,82 @@ def test_ranks_that_cannot_be_started_are_an_end_like_any_other(run: RunDir, mon
     outcome = supervise(run, "", max_restarts=9)
     assert (outcome.code, outcome.verdict.exit_class) == (1, "user_error")
     assert "no address of rank 0" in ends(run)[0]["reason"]
+
+
+def in_a_job(monkeypatch: pytest.MonkeyPatch, reasons: dict[int | None, StopReason | None]) -> None:
+    """Local ranks, as if they were those of a job about which Slurm says ``reasons``."""
+    monkeypatch.setattr(LocalBackend, "queue", True)
+    monkeypatch.setattr(LocalBackend, "job", 7)
+    monkeypatch.setattr(LocalBackend, "second_signal_kills", False)
+    monkeypatch.setattr(LocalBackend, "reason_of", lambda self, number: reasons.get(number))
+
+
+SIGNALLED_THEN_KILLED = STOPPABLE + textwrap.dedent("""
+if ATTEMPT > 1:
+    sys.exit(0)
+if RANK == 0:
+    while not (RUN / "ready1").exists():
+        time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGUSR1)
+    while ASKED and not stopped:
+        time.sleep(0.01)
+    if not ASKED:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+while not stopped:
+    time.sleep(0.01)
+sys.exit(85)
+""")
+
+
+@pytest.mark.parametrize(
+    ("meaning", "expected"),
+    [
+        (StopReason(ExitClass.PREEMPTED, "the job is preempted"), [("killed", "requeue")]),
+        (StopReason(ExitClass.INTERRUPTED, "the job was cancelled"), [("killed", "stop")]),
+        (None, [("killed", "restart"), ("finished", "stop")]),  # a notice that asks for nothing spoils nothing
+    ],
+)
+def test_a_rank_that_dies_after_a_request_does_not_change_what_was_asked(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, meaning: StopReason | None, expected: list[tuple[str, str]]
+) -> None:
+    in_a_job(monkeypatch, {signal.SIGUSR1: meaning})
+    supervise(run, f"ASKED = {meaning is not None}\n{SIGNALLED_THEN_KILLED}", max_restarts=9)
+    assert [(end["exit_class"], end["action"]) for end in ends(run)] == expected
+
+
+@pytest.mark.parametrize("path", ["check", "start"])
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (StopReason(ExitClass.PREEMPTED, "queued again from outside", enforced=True), ("preempted", "requeue")),
+        (StopReason(ExitClass.INTERRUPTED, "the job was cancelled", enforced=True), ("interrupted", "stop")),
+        (None, None),
+    ],
+)
+def test_a_start_that_the_end_of_the_job_spoils_is_that_end(
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    told: StopReason | None,
+    expected: tuple[str, str] | None,
+) -> None:
+    in_a_job(monkeypatch, {None: told})
+
+    def start(*_: Any) -> None:
+        raise StartError("`scontrol show node n1` was ended by SIGTERM", ExitClass.CRASH)
+
+    monkeypatch.setattr(LocalBackend, "start", start)
+    if path == "check":
+        monkeypatch.setattr(LocalBackend, "check_nodes", lambda *_: NodeTrouble(("n2",), "n2: it did not answer"))
+    outcome = supervise(run, "", max_restarts=9, max_repeats=1 if told is None else 3)
+    end = ends(run)[0]
+    assert (end["exit_class"], end["action"]) == (expected or ("node_failure" if path == "check" else "crash", "stop"))
+    assert outcome.enforced == (told is not None)
+    if told is not None:
+        assert end["exclude"] == []
+        noted = [entry["event"] for entry in read_journal(run)].count("cancelled")
+        assert noted == (1 if told.exit_class == ExitClass.INTERRUPTED else 0)
 
 
 def test_excluded_nodes_are_those_since_the_user_s_last_submission(run: RunDir) -> None:

@@ -49,6 +49,14 @@ def test_a_submitted_run_waits_says_why_and_starts(watched: WatchedRun) -> None:
     assert look(watched, Jobs(fault="no answer")).state == State.PENDING
 
 
+def test_a_job_that_fits_no_nodes_tells_the_way_out(watched: WatchedRun) -> None:
+    watched.submitted(4)
+    seen = look(watched, slurm_says(4, "PENDING", reason="BadConstraints"))
+    assert seen.state is State.PENDING
+    assert "scontrol update JobId=4 ExcNodeList=" in str(seen.note)
+    assert look(watched, slurm_says(4, "PENDING", reason="Priority")).note == "Priority"
+
+
 def test_a_running_attempt_tells_step_speed_and_time_to_go(watched: WatchedRun) -> None:
     watched.submitted(7)
     watched.started(1, 7)
@@ -162,6 +170,26 @@ def test_a_cancelled_run_is_not_one_that_was_stopped(watched: WatchedRun) -> Non
     watched.started(2, 8)
     watched.ended(2, "interrupted")
     assert look(watched).state == State.STOPPED
+
+
+def test_scancel_is_a_cancellation_however_much_of_the_end_was_recorded(watched: WatchedRun) -> None:
+    watched.submitted(7)
+    watched.started(1, 7)
+    watched.held(1, here=False, age=5)
+    # The supervisor was killed before it could write anything.
+    assert look(watched, slurm_says(7, "CANCELLED")).state == State.CANCELLED
+    watched.journal("cancelled", job=7)
+    assert look(watched, slurm_says(7, "CANCELLED")).state == State.CANCELLED
+    watched.ended(1, "interrupted")
+    assert look(watched, slurm_says(7, "CANCELLED")).state == State.CANCELLED
+
+
+def test_a_job_cancelled_before_it_could_be_queued_again(watched: WatchedRun) -> None:
+    watched.submitted(7)
+    watched.started(1, 7)
+    watched.ended(1, "preempted", "requeue")
+    watched.journal("cancelled", job=7)
+    assert look(watched, slurm_says(7, "CANCELLED"), later=600).state == State.CANCELLED
 
 
 def test_a_cancelled_run_that_is_continued_on_a_workstation_forgets_it(watched: WatchedRun) -> None:

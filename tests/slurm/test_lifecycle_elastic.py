@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +13,13 @@ from support.small_text import small_run
 
 from launchers.lease import Lease
 from launchers.lifecycle.exit_class import ExitClass, Verdict
-from launchers.lifecycle.journal import read_journal
+from launchers.lifecycle.journal import append, read_journal
 from launchers.lifecycle.policy import Decision
 from launchers.lifecycle.supervise import Outcome
 from launchers.run_dir import RunDir
 from launchers.slurm import elastic, guardian, job
-from launchers.slurm.commands import JobInfo, NodeInfo, Slurm, SlurmError
+from launchers.slurm.commands import JobInfo, NodeInfo, PartitionInfo, Slurm, SlurmError
+from launchers.slurm.start import Allocation
 from pretrain.config.check import check
 from pretrain.config.compose import load_run_config
 from pretrain.config.schema import Config
@@ -82,8 +85,11 @@ class FakeSlurm:
         self.refuses = refuses
         self.pending = False
 
-    def nodes(self, names: list[str]) -> dict[str, NodeInfo]:
+    def nodes(self, names: Sequence[str] = ("n1", "n2", "n3")) -> dict[str, NodeInfo]:
         return {name: NodeInfo(name, frozenset([self.host]), "", "", "", 1, 1, "") for name in names}
+
+    def partitions(self) -> dict[str, PartitionInfo]:
+        return {}
 
     def job(self, number: int) -> JobInfo:
         return JobInfo(number, "PENDING" if self.pending else "RUNNING", "None")
@@ -118,6 +124,28 @@ def test_the_guardian_acts_only_for_a_dead_host_of_its_own_attempt(
     assert alive.asked == []
 
 
+def test_the_guardian_outlives_its_supervisor_s_leaving(
+    made: tuple[RunDir, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = made
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nwhile [ ! -e {tmp_path}/over ]; do sleep 0.05; done\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run.attempt_path(1).mkdir(parents=True)
+    with guardian.guarded(run, config, 1, JOB):
+        (process,) = guardian._started
+    assert process.poll() is None
+    (tmp_path / "over").touch()
+    assert process.wait(30) == 0
+
+
+JOB = Allocation(7, ("n1", "n2"), (1, 1), "n1")
+
+
+def blame(run: RunDir, node: str) -> None:
+    append(run, "attempt_ended", attempt=1, exit_class="node_failure", action="exclude", exclude=[node])
+
+
 def outcome(action: Any = "exclude", excluded: tuple[str, ...] = ("n2",)) -> Outcome:
     verdict = Verdict(ExitClass.NODE_FAILURE, "node n2 is down", node="n2")
     return Outcome(1, verdict, Decision(action, False, excluded, "node n2 is down"), enforced=True)
@@ -125,14 +153,15 @@ def outcome(action: Any = "exclude", excluded: tuple[str, ...] = ("n2",)) -> Out
 
 def test_back_to_the_queue_without_the_node(made: tuple[RunDir, Config], monkeypatch: pytest.MonkeyPatch) -> None:
     run, config = made
+    blame(run, "n2")
     monkeypatch.setattr(job, "_wait_for_the_end", lambda: None)
     slurm = FakeSlurm()
-    assert job._back_to_queue(run, config, cast(Slurm, slurm), 7, outcome()) == 85
+    assert job._back_to_queue(run, config, cast(Slurm, slurm), JOB, outcome()) == 85
     assert slurm.asked == [("requeue", 7), ("exclude", 7, "n2")]
     entry = read_journal(run)[-1]
     assert (entry["event"], entry["job"], entry["exclude"]) == ("requeued", 7, ["n2"])
     # Slurm has put it back itself, as in a preemption: it is not asked again.
-    assert job._back_to_queue(run, config, cast(Slurm, slurm), 7, outcome("requeue", ())) == 85
+    assert job._back_to_queue(run, config, cast(Slurm, slurm), JOB, outcome("requeue", ())) == 85
     assert slurm.asked[2:] == [("exclude", 7, "n2")]
 
 
@@ -140,10 +169,11 @@ def test_where_requeueing_is_refused_a_new_job_is_submitted(
     made: tuple[RunDir, Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, config = made
+    blame(run, "n2")
     submitted: list[Any] = []
     monkeypatch.setattr(job, "submit", lambda *words, **_: submitted.append(words[1:]) or 8)
     slurm = FakeSlurm(refuses=("requeue",))
-    assert job._back_to_queue(run, config, cast(Slurm, slurm), 7, outcome()) == 0
+    assert job._back_to_queue(run, config, cast(Slurm, slurm), JOB, outcome()) == 0
     assert submitted == [(config, "chain", ["n2"])]
 
 
@@ -157,6 +187,6 @@ def test_a_run_that_cannot_be_queued_says_so(
 
     monkeypatch.setattr(job, "submit", refuse)
     slurm = FakeSlurm(refuses=("requeue",))
-    assert job._back_to_queue(run, config, cast(Slurm, slurm), 7, outcome()) == 1
+    assert job._back_to_queue(run, config, cast(Slurm, slurm), JOB, outcome()) == 1
     assert read_journal(run)[-1]["event"] == "requeue_failed"
     assert f"pretrain resume {run.path}" in capsys.readouterr().err

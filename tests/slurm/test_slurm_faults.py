@@ -182,6 +182,41 @@ def test_the_batch_host_dies(slurm: SlurmCluster, tiny: list[str], undisturbed: 
     assert run.outcome.losses() == undisturbed
 
 
+@one_by_one
+@pytest.mark.timeout(300)
+def test_the_batch_host_of_an_elastic_run_dies_and_nobody_tells_slurm(
+    slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path
+) -> None:
+    run = SlurmRun(
+        slurm, tmp_path / "run", *tiny, "launcher.min_nodes=1", *faulty(fault("hold", 5, until=tmp_path / "gate"))
+    )
+    run.wait_for_step(4)
+    log = run.path / "logs" / "attempt_0001" / "guardian.log"
+    wait_until(log.exists, "the guardian to be started", 30)
+    slurm.kill_node(run.events("attempt_started")[0]["nodes"][0], tell=False)
+    (tmp_path / "gate").touch()
+    ends = run.wait()
+    assert ends[0][0] in ("node_failure", "preempted")
+    assert ends[-1] == ("finished", "stop")
+    assert run.outcome.losses() == pytest.approx(undisturbed, rel=1e-5)
+
+
+@one_by_one
+def test_a_node_that_the_run_cannot_do_without_is_waited_for(
+    slurm: SlurmCluster, tiny: list[str], tmp_path: Path
+) -> None:
+    run = SlurmRun(
+        slurm, tmp_path / "run", *tiny, *faulty(fault("hold", 5, until=tmp_path / "gate")), nodes=4, processes=4
+    )
+    run.wait_for_step(4)
+    slurm.kill_node("node2")
+    (tmp_path / "gate").touch()
+    wait_until(lambda: run.events("requeued"), "the run to be queued again", 60)
+    slurm.revive_node("node2")
+    assert run.wait() == [("node_failure", "exclude"), ("finished", "stop")]
+    assert run.events("exclusion_lifted")[0]["nodes"] == ["node2"]
+
+
 def test_a_node_dies_and_fewer_go_on(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:
     run = SlurmRun(
         slurm, tmp_path / "run", *tiny, "launcher.min_nodes=1", *faulty(fault("hold", 5, until=tmp_path / "gate"))

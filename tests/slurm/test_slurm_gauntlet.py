@@ -70,7 +70,7 @@ def test_faults_of_ranks(slurm: SlurmCluster, tiny: list[str], undisturbed: dict
     assert {"rank 0", "rank 1"} <= {f"rank {rank}" for rank in (0, 1) if f"rank {rank}" in lonely}
     assert len(run.events("submitted")) == 1
     status = run.cluster.pretrain("status", run.path).stdout
-    assert "5 of at most 20" in status
+    assert "5 (at most 20 after faults)" in status
 
 
 def test_faults_of_nodes_and_queue(

@@ -7,12 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launchers.slurm.node_check import Registry, judge
 from launchers.slurm.node_task import VARIABLE
+from launchers.slurm.nodes import run_on_nodes
 
 NODES = ["a", "b", "c", "d"]
 
@@ -95,6 +97,42 @@ def test_node_that_cannot_reach_the_batch_host_says_so() -> None:
             registry.address = closed.getsockname()
             (report,) = run_tasks(["a"], registry, {"a": "127.0.0.1"})
     assert "cannot be reached" in report["own_fault"]
+
+
+def told(registry: Registry, line: str) -> Any:
+    """What the registry answers to one line."""
+    with socket.create_connection(registry.address, timeout=30) as link:
+        link.sendall(line.encode() + b"\n")
+        return json.loads(link.makefile("r").readline() or "null")
+
+
+def test_node_that_comes_late_is_well_and_not_at_fault() -> None:
+    names = ["a", "b", "late"]
+    with Registry("127.0.0.1", names, 0.5) as registry:
+        # Returns when the two have been answered, without the third.
+        found = run_tasks(names[:2], registry, dict.fromkeys(names, "127.0.0.1"))
+        found += run_tasks(names[2:], registry, dict.fromkeys(names, "127.0.0.1"))
+    by_name = {report["node"]: report for report in found}
+    assert by_name["late"]["late_s"] > 0
+    assert judge(names, by_name, host="a") == {}
+
+
+@pytest.mark.parametrize("line", ["[]", "7", "null", "GET / HTTP/1.1", '{"node": []}', '{"node": "a"}'])
+def test_stranger_does_not_end_the_registry(line: str) -> None:
+    with Registry("127.0.0.1", ["a"], 30.0) as registry:
+        with socket.create_connection(registry.address, timeout=30) as stranger:
+            stranger.sendall(line.encode() + b"\n")
+        answer = told(registry, '{"node": "a", "address": "127.0.0.1", "port": 9}')
+    assert answer == {"ring": [["a", "127.0.0.1", 9]], "late_s": 0.0}
+
+
+def test_check_does_not_keep_a_run_that_is_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho '0: here'\nexec sleep 600\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    result = run_on_nodes(7, ["a", "b"], ["true"], timeout_s=500.0, stopped=lambda: True)
+    assert (result.output, result.silent, result.timed_out) == ({"a": "here\n"}, ("b",), True)
 
 
 @pytest.mark.parametrize("interface", ["nosuch0"])

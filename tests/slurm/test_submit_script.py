@@ -43,7 +43,6 @@ def test_shipped_template_asks_for_what_the_configuration_says() -> None:
         "--open-mode=append",
         "--chdir=/home/me",
         "--signal=B:USR1@90",
-        "--no-kill",
         "--requeue",
         "--account=lab",
         "--partition=gpu",
@@ -57,6 +56,7 @@ def test_elastic_run_and_site_without_requeue() -> None:
     script = rendered(launcher=replace(LAUNCHER, min_nodes=1, requeue_by="submit", threads_per_process=None))
     assert "--nodes=1-2" in directives(script)
     assert "--no-requeue" in directives(script)
+    assert "--no-kill" in directives(script)
     assert "cpus-per-task" not in script
 
 
@@ -128,6 +128,11 @@ def test_fault_of_a_template_is_told_with_its_line(text: str, expected: str) -> 
     assert "Nothing was submitted" in str(caught.value)
 
 
+def test_start_of_the_supervisor_may_take_two_lines() -> None:
+    script = rendered(text="#!/bin/bash\nexec numactl --all \\\n  python -m launchers.slurm.job {{ run_dir }}\n")
+    assert "numactl" in script
+
+
 def test_all_faults_of_a_rendered_script_are_told_together() -> None:
     with pytest.raises(TemplateError) as caught:
         rendered(text="echo hi\n#SBATCH -N2\n")
@@ -138,7 +143,7 @@ def test_copied_template_may_add_what_a_site_needs() -> None:
     text = (
         shipped_template()
         .read_text()
-        .replace("#SBATCH --no-kill", "#SBATCH --no-kill\n#SBATCH --comment={{ cluster.name }}")
+        .replace("#SBATCH --open-mode=append", "#SBATCH --open-mode=append\n#SBATCH --comment={{ cluster.name }}")
     )
     assert "--comment=alps" in directives(rendered(ClusterConfig(name="alps"), text=text))
 

@@ -142,10 +142,11 @@ def test_variables_of_the_caller_do_not_overrule_the_script(tmp_path: Path, monk
     script.write_text("#!/bin/bash\n#SBATCH --partition=low\n#SBATCH --time=5\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     names = {"SBATCH_PARTITION": "high", "SBATCH_TIMELIMIT": "9", "SBATCH_ACCOUNT": "mine", "SLURM_NTASKS": "3"}
-    assert Slurm({"PATH": f"{tmp_path}:/usr/bin:/bin", **names}).submit(script) == 4
+    never = dict.fromkeys(("SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_WAIT"), "1")
+    assert Slurm({"PATH": f"{tmp_path}:/usr/bin:/bin", **names, **never}).submit(script) == 4
     seen = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
     assert "SBATCH_ACCOUNT" in seen  # the script names none: the user's default holds
-    assert not seen & {"SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SLURM_NTASKS"}
+    assert not seen & {"SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SLURM_NTASKS", *never}
 
 
 def test_allocation_names_every_missing_variable() -> None:

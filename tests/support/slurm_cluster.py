@@ -354,9 +354,11 @@ class SlurmCluster:
         """SIGKILL to all processes of the cluster, or of one node, and to their children; tells if there were any."""
         marks = {f"SLURMD_NODENAME={name}".encode(), f"{_NODE}={name}".encode()}
         own = {pid for pid, environment in self._own_processes() if name is None or marks & set(environment)}
-        for pid in own | _descendants(own):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Stopped first, so that they die together: srun's helper would still tell the controller of its death.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in own | _descendants(own):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         return bool(own)
 
     def _own_processes(self) -> Iterator[tuple[int, list[bytes]]]:

@@ -26,6 +26,7 @@ class WatchedRun:
             "run": {"name": path.name},
             "train": {"steps": steps},
             "launcher": {"name": launcher, "num_processes": processes, "max_restarts": 20},
+            "tracking": {"enabled": False},
         }
         self.run = RunDir.create(tree, path=path)
         self.path = self.run.path

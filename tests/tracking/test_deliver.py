@@ -121,4 +121,41 @@ def test_a_server_that_cannot_be_reached_is_one_line(
     error = capsys.readouterr().err
     assert "did not take it" in error
     assert "Nothing is lost" in error
+    assert "Try again later" in error
     assert len(error.splitlines()) == 2
+
+
+def test_a_refusal_that_will_not_pass_is_not_to_be_tried_again(
+    tmp_path: Path, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    def refuse(*_arguments: Any, **_settings: Any) -> Any:
+        raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(sync_module, "sync", refuse)
+    path = write_run(tmp_path / "runs" / "demo-1")
+    assert _run_verb("sync", "demo", "--root", str(tmp_path / "runs")) == 1
+    error = capsys.readouterr().err
+    assert f"Nothing is lost: {path} keeps it" in error
+    assert "Trying again alone does not help" in error
+
+
+def test_a_status_that_has_not_arrived_is_missing(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _submitted_run(tmp_path / "run", store=str(store))
+    sync(path)
+    assert is_delivered(path)
+    state = json.loads((path / "mlflow.json").read_text())
+    # All records had been noted as arrived when the sender died, and the status had not.
+    with open(path / "lifecycle.jsonl", "a") as stream:
+        stream.write(json.dumps({"time": 1.7e9 + 9, "event": "cancelled", "job": "4711"}) + "\n")
+    (path / "mlflow.json").write_text(json.dumps({**state, "num_journal": 2}))
+    assert not is_delivered(path)
+    assert _run_verb("status", str(path)) == 0
+    assert "missing   the status KILLED; send" in capsys.readouterr().out
+    sync(path)
+    assert import_client(embedded_uri(store)).get_run(state["run_id"]).info.status == "KILLED"
+    assert is_delivered(path)

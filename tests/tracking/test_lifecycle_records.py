@@ -46,6 +46,8 @@ def _end(status: str, attempt: int = 1) -> Record:
 
 
 _REQUEUED = {"time": 30.0, "event": "requeued", "job": "7", "exclude": []}
+_NO_REQUEUE = {"time": 35.0, "event": "requeue_failed", "job": "7", "message": "Invalid account"}
+_GAVE_UP = {"time": 36.0, "event": "gave_up", "job": "7", "message": "disk full"}
 _CANCELLED = {"time": 40.0, "event": "cancelled", "job": "7"}
 
 
@@ -74,6 +76,14 @@ _CANCELLED = {"time": 40.0, "event": "cancelled", "job": "7"}
         ([_started(), _ended("preempted", "stop")], _end("interrupted"), "KILLED"),
         ([_started(), _ended("host_memory", "stop")], None, "FAILED"),
         ([_submitted(), _CANCELLED], None, "KILLED"),
+        ([_started(), _ended("crash", "requeue"), _REQUEUED, _NO_REQUEUE], None, "FAILED"),
+        ([_started(), _ended("hang", "exclude"), _NO_REQUEUE], _end("failed"), "FAILED"),
+        ([_started(), _ended("preempted", "requeue"), _NO_REQUEUE], _end("interrupted"), "KILLED"),
+        ([_started(), _ended("time_limit", "requeue"), _NO_REQUEUE, _submitted("resume")], None, "SCHEDULED"),
+        ([_started(), _GAVE_UP], {"time": 1.0, "event": "start", "attempt": 1}, "FAILED"),
+        ([_started(), _GAVE_UP], _end("finished"), "FINISHED"),
+        ([_started(), _ended("finished", "stop"), _GAVE_UP], _end("finished"), "FINISHED"),
+        ([_started(), _ended("time_limit", "requeue"), _REQUEUED, _GAVE_UP], _end("interrupted"), "FAILED"),
         ([_started(), {"time": 5.0, "event": "cancel_requested", "now": False}], None, "RUNNING"),
     ],
 )
@@ -97,6 +107,11 @@ def test_tags_tell_jobs_restarts_and_the_last_end() -> None:
     assert lifecycle_tags([], None) == {}
 
 
+def test_tags_tell_why_a_run_that_was_to_go_on_does_not() -> None:
+    tags = lifecycle_tags([_started(), _ended("crash", "requeue"), _REQUEUED, _NO_REQUEUE], None)
+    assert (tags["exit_action"], tags["exit_reason"]) == ("stop", "why; Invalid account")
+
+
 def test_values_tell_restarts_and_steps_lost_and_are_the_same_from_any_point_on() -> None:
     journal = [_started(), _ended("killed", "restart"), _started(2), _ended("finished", "stop", 2, saved_step=12)]
     values = lifecycle_values(journal)
@@ -117,3 +132,6 @@ def test_only_the_end_that_a_rank_told_itself_need_not_be_told_again() -> None:
     assert not is_settled(journal, 1, finished_attempt=None)
     assert not is_settled([_started(), _ended("crash", "stop")], 1, finished_attempt=1)
     assert is_settled(journal, 2, finished_attempt=None)
+    # Cancellations carry nothing but a status; a run that stays behind has its reason to tell.
+    assert is_settled([*journal, _CANCELLED], 2, finished_attempt=None)
+    assert not is_settled([*journal, _NO_REQUEUE], 2, finished_attempt=None)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from pretrain.config.schema import TrackingConfig
 from pretrain.tracking.metrics_log import MetricsLog, read_records
 from pretrain.tracking.mlflow_tracker import MlflowTracker
 from pretrain.tracking.store import embedded_uri, import_client, resolve_uri
-from pretrain.tracking.sync import sync
+from pretrain.tracking.sync import is_delivered, sync
+from pretrain.tracking.uploader import ArtifactsError
 
 WriteRun = Callable[..., Path]
 
@@ -164,6 +166,80 @@ def test_an_end_that_could_not_be_recorded_still_reaches_mlflow(
     path = write_run(tmp_path / "run", store=str(store))
     assert _track(path, TrackingConfig(store=str(store))).close("failed")
     assert client.get_run(_state(path)["run_id"]).info.status == "FAILED"
+
+
+def test_an_ended_run_is_shown_as_ended_though_its_files_cannot_be_sent(
+    client: Any,
+    store: Path,
+    tmp_path: Path,
+    write_run: WriteRun,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    from pretrain.cli import main
+
+    path = write_run(tmp_path / "run", store=str(store))
+    tried: list[str] = []
+
+    def unreachable(self: Any, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        tried.append(local_path)
+        raise OSError(f"artifacts of {run_id} cannot be reached")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(MlflowClient, "log_artifact", unreachable)
+        _end(path)
+        tracker = _track(path, TrackingConfig(store=str(store), flush_interval_s=0.01))
+        deadline = time.monotonic() + 120
+        while tracker._failures < 2:
+            assert time.monotonic() < deadline, "waited two minutes for two tries"
+            time.sleep(0.02)
+        assert not tracker.close("finished", timeout=0.5)
+        tracker._thread.join(120)
+        run_id = _state(path)["run_id"]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        told = [record.message for record in caplog.records if "cannot be reached" in record.message]
+        assert len(told) == 1
+        assert not is_delivered(path)
+        assert main(["tracking", "status", str(path)]) == 0
+        assert "FINISHED\nmissing   5 files; send: pretrain tracking sync" in capsys.readouterr().out
+        tried.clear()
+        assert main(["tracking", "sync", str(path)]) == 1
+        assert len(tried) == 3  # a place that takes none is not asked for each of a thousand
+        assert "MLflow has all values, but ArtifactsError: 5 of the run's files" in capsys.readouterr().err
+
+    def picky(self: Any, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        if local_path.endswith("git.diff"):
+            raise OSError("too large")
+        real(self, run_id, local_path, artifact_path)
+
+    real = MlflowClient.log_artifact
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", picky)
+        with pytest.raises(ArtifactsError, match="1 of the run's files could not be sent: OSError: too large"):
+            sync(path)
+    names = {artifact.path for artifact in client.list_artifacts(run_id)}
+    assert {"config.yaml", "git.json", "samples.txt"} <= names
+    assert "git.diff" not in names
+    sync(path)
+    assert "git.diff" in {artifact.path for artifact in client.list_artifacts(run_id)}
+    assert is_delivered(path)
+
+
+@pytest.mark.parametrize("damage", ["", "[1, 2]", '{"key": 7, "files": null}', None])
+def test_a_damaged_note_leads_to_the_same_run(
+    client: Any, store: Path, tmp_path: Path, write_run: WriteRun, damage: str | None
+) -> None:
+    path = write_run(tmp_path / "run", store=str(store))
+    run_id = sync(path).run_id
+    if damage is None:
+        (path / "mlflow.json").unlink()
+    else:
+        (path / "mlflow.json").write_text(damage)
+    assert sync(path).run_id == run_id
+    assert _history(client, run_id, "train/loss") == _spool(path, "train", "loss")
 
 
 def test_a_creation_whose_answer_was_lost_is_found_again(

@@ -32,6 +32,8 @@ def check(subject: Subject) -> Iterator[Finding]:
     if launcher is None:
         yield from _this_host(subject)
         return
+    template = list(_template(subject))
+    yield from template
     try:
         facts = subject.cluster_facts()
     except SlurmError as fault:
@@ -40,8 +42,26 @@ def check(subject: Subject) -> Iterator[Finding]:
         return
     found = list(judge(facts, cluster, launcher))
     yield from found
-    if all(finding.level != "error" for finding in found):
+    if all(finding.level != "error" for finding in [*template, *found]):
         yield _own_judgement(subject, all(node.is_usable for node in facts.nodes_of(cluster)))
+
+
+def _template(subject: Subject) -> Iterator[Finding]:
+    """It is read here and nowhere else: neither the nodes nor a run under way need the file."""
+    from launchers.slurm.script import TemplateError
+
+    try:
+        _script(subject)
+    except TemplateError as fault:
+        yield error("launcher.template", str(fault), "a template that renders a batch script", "see there")
+
+
+def _script(subject: Subject) -> str:
+    """The batch script as it would be submitted. Raises TemplateError."""
+    from launchers.slurm.submit import prepare
+
+    place = subject.place if subject.run is not None or subject.path is not None else subject.place / "run"
+    return prepare(subject.config, place).text
 
 
 def _this_host(subject: Subject) -> Iterator[Finding]:
@@ -255,14 +275,7 @@ def _asked_nodes(launcher: SlurmConfig) -> str:
 
 def _own_judgement(subject: Subject, all_in_service: bool) -> Finding:
     """``sbatch --test-only`` with the batch script as it would be submitted."""
-    from launchers.slurm.script import TemplateError
-    from launchers.slurm.submit import prepare
-
-    place = subject.place if subject.run is not None or subject.path is not None else subject.place / "run"
-    try:
-        text = prepare(subject.config, place).text
-    except TemplateError as fault:
-        return error("launcher.template", str(fault), "a template that renders a batch script", "see there")
+    text = _script(subject)
     with tempfile.TemporaryDirectory(prefix="pretrain-preflight-") as folder:
         script = Path(folder) / "job.sbatch"
         script.write_text(text, encoding="utf-8")

@@ -78,12 +78,12 @@ def _jobs(subject: Subject, pace: Pace, seconds: float, text: str) -> Iterator[F
             "lifecycle.on_time_limit=requeue, or a longer launcher.time_limit",
             **figures,
         )
-    elif jobs - 1 > launcher.max_restarts:
+    elif jobs > 1 and launcher.max_restarts == 0:
         yield warning(
             "launcher.max_restarts",
-            f"{launcher.max_restarts}, though the run takes about {jobs} jobs",
-            f"at least {jobs - 1}, and some for faults",
-            f"launcher.max_restarts={jobs + 9}, or a longer launcher.time_limit",
+            f"0, though the run takes about {jobs} jobs",
+            "at least 1: with 0 no job follows another by itself",
+            "launcher.max_restarts=20, or a longer launcher.time_limit",
             **figures,
         )
 
