@@ -16,9 +16,10 @@ from data_pipeline.quarantine import BadData
 from launchers.run_dir import RunDir
 from pretrain.commands import replay
 from pretrain.config.check import check
-from pretrain.config.compose import compose
+from pretrain.config.compose import compose, resolve_paths
+from pretrain.config.freeze import frozen_for_new_run
 from pretrain.tracking.metrics_log import MetricsLog
-from pretrain.training.replay_target import ReplayError, ReplayTarget, replay_target
+from pretrain.training.replay_target import ReplayError, replay_target
 
 OLD, LATER = "2001-09-09 01:46:40Z", "2033-05-18 03:33:20Z"  # unix 1e9, 2e9
 
@@ -26,7 +27,7 @@ OLD, LATER = "2001-09-09 01:46:40Z", "2033-05-18 03:33:20Z"  # unix 1e9, 2e9
 @pytest.fixture
 def run(data_path: Path, tmp_path: Path) -> RunDir:
     """Three attempts: 8 steps; 4 more with another horizon; and again from step 6 with two processes."""
-    tree = compose(small_run(data_path))
+    tree = frozen_for_new_run(resolve_paths(compose(small_run(data_path)), str(tmp_path)))
     made = RunDir.create(tree, path=tmp_path / "run")
     later = tree | {"train": tree["train"] | {"steps": 12}}
     made.add_revision(later, ["train.steps"])
@@ -45,7 +46,7 @@ def test_settings_are_those_of_the_attempt_that_made_the_step(
 ) -> None:
     target = replay_target(run, 4, step)
     assert (target.attempt, target.revision, target.other_revisions) == (attempt, revision, others)
-    tree, config, differs = replay.settings(run, target, [])
+    _, config, differs = replay.settings(run, target, [])
     assert config.train.steps == (8 if revision == 0 else 12)
     assert len(differs) == len(others)
     if others:
@@ -83,7 +84,7 @@ def test_overrides_say_where_it_is_replayed_but_not_what(run: RunDir) -> None:
 
 
 def test_more_processes_than_devices_are_refused_with_a_way_out(data_path: Path) -> None:
-    config = check(compose([*small_run(data_path), "launcher.num_processes=4"]))
+    config = check(compose([*small_run(data_path), "launcher.num_processes=4", "train.micro_batch_size=1"]))
     replay.check_room(config, None)
     replay.check_room(config, 4)
     with pytest.raises(ReplayError, match=r"this machine has 2\. .*launcher=local launcher\.num_processes=2,.*srun"):
@@ -149,4 +150,5 @@ def test_a_step_made_before_the_schedule_changed_is_reproduced(start: Callable[.
     assert alone.returncode == 0, alone.stdout + alone.stderr
     found = json.loads((tmp_path / "alone" / "replay.json").read_text())
     assert found["loss"] == pytest.approx(found["recorded_loss"], rel=1e-4)
-    assert (found["processes"], found["differs"]) == (1, ["launcher.num_processes: 2 -> 1"])
+    assert found["processes"] == 1
+    assert "launcher.num_processes: 2 -> 1" in found["differs"]
