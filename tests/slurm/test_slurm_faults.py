@@ -166,7 +166,7 @@ def test_a_node_dies_and_the_run_goes_on_elsewhere(
     run.wait_for_step(4)
     slurm.kill_node("node2")
     (tmp_path / "gate").touch()
-    assert run.wait() == [("node_failure", "exclude"), ("finished", "stop")]
+    assert run.wait() == [("node_failure", "requeue"), ("finished", "stop")]
     assert "node2" not in run.events("attempt_started")[1]["nodes"]
     assert run.outcome.losses() == undisturbed
 

@@ -99,8 +99,8 @@ def test_faults_of_nodes_and_queue(
 
     ends = run.wait(240)
     assert ends[0] == ("preempted", "requeue")
-    assert ends[2] == ("node_failure", "exclude")
-    assert ends[3][0] == "node_failure"
+    # Without min_nodes Slurm itself queues a job again that has lost a node.
+    assert ends[2:4] == [("node_failure", "requeue")] * 2
     assert ends[-1] == ("finished", "stop")
     started = run.events("attempt_started")
     nodes = [entry["nodes"] for entry in started]
