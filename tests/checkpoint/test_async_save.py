@@ -89,11 +89,11 @@ def test_publishing_waits_for_a_step_boundary_and_costs_no_collective_until_then
         tmp_path, Log(), engine=ToyEngine(0, 1, during_step=during_step), steps=9, checkpoint_interval=3
     )
     trainer.run()
-    # The calls since the step before: its last sum, what its callbacks did, and this step's first sum.
+    # The calls since the step before: what its callbacks did, and this step's two sums, the second at the gate.
     ordinary = ["sum", "sum"]
     assert by_step[2] == by_step[3] == by_step[5] == by_step[6] == ordinary
-    assert by_step[4] == ["sum", "gather", "sum"]  # agreeing on a folder and a snapshot
-    assert by_step[7] == ["sum", "gather", "gather", "gather", "sum"]  # publishing step 3, starting step 6
+    assert by_step[4] == ["gather", "sum", "sum"]  # agreeing on a folder and a snapshot
+    assert by_step[7] == ["gather", "gather", "gather", "sum", "sum"]  # publishing step 3, starting step 6
 
 
 def test_a_synchronous_save_streams_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def cluster(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluste
 def submit(cluster: SlurmCluster, run: WatchedRun, *options: str) -> int:
     output = run.path / "slurm" / "job_%j.log"
     output.parent.mkdir(exist_ok=True)
-    wrap = ["-p", "low", f"--output={output}", "--wrap=echo begun; sleep 600"]
+    wrap = ["-p", "low", "--time=60", f"--output={output}", "--wrap=echo begun; sleep 600"]
     job = int(cluster.run("sbatch", "--parsable", *options, *wrap))
     run.submitted(job)
     return job
