@@ -132,6 +132,7 @@ def test_preemption_by_a_job_of_higher_priority(
     assert len(run.events("submitted")) == 1  # the same job came back
 
 
+@one_by_one
 def test_the_time_limit(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:
     """The save is measured in the first life; until then the lead is that of ``first_save_s``, about half the limit."""
     run = SlurmRun(
