@@ -176,7 +176,7 @@ class LocalRanks:
 
 
 class LocalBackend:
-    """Attempts on this machine (see :class:`launchers.lifecycle.supervise.Backend`)."""
+    """Attempts on this machine (see :class:`launchers.lifecycle.backend.Backend`)."""
 
     name = "local"
     job: int | None = None

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launchers.lifecycle.exit_class import ExitClass, StopReason
 from pretrain.config.launch_schema import LifecycleConfig
 from pretrain.tracking.metrics_log import MetricsTail, Record
 
@@ -88,3 +90,32 @@ def lead_s(metrics_path: Path, config: LifecycleConfig) -> float:
     pace = Pace(metrics_path)
     pace.update()
     return pace.lead_s(config)
+
+
+class Deadline:
+    """Asks for a stop when the time that a checkpoint needs is all that is left of the allocation."""
+
+    INTERVAL_S = 2.0
+
+    def __init__(self, metrics_path: Path, config: LifecycleConfig, end_time: Callable[[], float | None]) -> None:
+        """``end_time`` gives the allocation's end in unix seconds, None while it has none."""
+        self._config = config
+        self._end_time = end_time
+        self._pace = Pace(metrics_path)
+        self._began = time.time()
+        self._next = 0.0
+
+    def poll(self) -> StopReason | None:
+        now = time.time()
+        if now < self._next:
+            return None
+        self._next = now + self.INTERVAL_S
+        # An administrator may have moved the end meanwhile; the back end asks Slurm as seldom as it sees fit.
+        end = self._end_time()
+        if end is None:
+            return None
+        self._pace.update()
+        if now < self._pace.stop_time(self._config, began=self._began, end=end):
+            return None
+        left = max(0.0, end - now)
+        return StopReason(ExitClass.TIME_LIMIT, f"the job's time limit is {left:.0f} s away")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launchers.exit_codes import ExitCode, meaning
 from launchers.heartbeat import read_heartbeats
 from launchers.lifecycle.attempt import Attempt
+from launchers.lifecycle.backend import Backend
 from launchers.lifecycle.end_record import read_end_records
 from launchers.lifecycle.exit_class import STOP_CODES, Evidence, RankEnd
 from launchers.lifecycle.ranks import Ranks
@@ -17,9 +17,6 @@ from launchers.run_dir import RunDir
 from pretrain.checkpoint.store import CheckpointStore, checkpoint_step
 from pretrain.config.schema import Config
 from pretrain.tracking.metrics_log import recent_records
-
-if TYPE_CHECKING:
-    from launchers.lifecycle.supervise import Backend
 
 
 def gather(run: RunDir, config: Config, number: int, ranks: Ranks, attempt: Attempt, backend: Backend) -> Evidence:

@@ -1,30 +1,30 @@
 """The supervisor: attempt after attempt until the run is over or its nodes are given back. Torch-free.
 
 One process for a run: ``pretrain run`` itself on a workstation, the batch script on a cluster. It starts the ranks
-through a :class:`Backend`, follows them (:mod:`launchers.lifecycle.attempt`), says why they ended
-(:mod:`launchers.lifecycle.exit_class`) and does what the policy decides (:mod:`launchers.lifecycle.policy`). Every
-step is in the journal.
+through a :class:`~launchers.lifecycle.backend.Backend`, follows them (:mod:`launchers.lifecycle.attempt`), says why
+they ended (:mod:`launchers.lifecycle.exit_class`) and does what the policy decides
+(:mod:`launchers.lifecycle.policy`). Every step is in the journal.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from launchers.exit_codes import ExitCode
-from launchers.lease import Lease, LeaseHeldError
+from launchers.lease import Lease
 from launchers.lifecycle import cancellation, journal
 from launchers.lifecycle.attempt import Attempt, Display, say
-from launchers.lifecycle.deadline import Pace
+from launchers.lifecycle.backend import Backend, StartError, TooFewNodesError
+from launchers.lifecycle.deadline import Deadline, Pace
 from launchers.lifecycle.evidence import Steps, describe_failure, gather, steps_of
+from launchers.lifecycle.exclusions import excluded_nodes
 from launchers.lifecycle.exit_class import ExitClass, StopReason, Verdict, classify
 from launchers.lifecycle.hanging import HangAlarm
 from launchers.lifecycle.policy import Decision, Place, Progress, decide
@@ -40,81 +40,6 @@ _TAKE_THE_NODES = (ExitClass.PREEMPTED, ExitClass.TIME_LIMIT, ExitClass.NODE_FAI
 
 _WRITING_S = 3.0
 """Of the time that a batch system leaves, what is kept for the journal and the queue."""
-
-
-class Backend(Protocol):
-    """A place where attempts run.
-
-    ``queue``: there is a batch system that nodes can be given back to. ``job``: the batch job that this process is
-    part of. ``second_signal_kills``: a second signal means impatience (a user's), not a reminder (Slurm's).
-    ``kill_wait_s``: seconds between a batch system's last signal and its killing everything.
-    """
-
-    name: str
-    job: int | None
-    queue: bool
-    second_signal_kills: bool
-    kill_wait_s: float
-
-    def prepare(self, run: RunDir, config: Config, excluded: frozenset[str]) -> Config:
-        """The configuration that the next attempt runs with: fewer nodes, say, frozen as a revision of the run.
-
-        Raises TooFewNodesError when no layout fits what is there.
-        """
-        ...
-
-    def nodes(self, config: Config) -> list[str]:
-        """Nodes of the next attempt, in the order of ranks."""
-        ...
-
-    def check_nodes(self, run: RunDir, config: Config, attempt: int) -> NodeTrouble | None:
-        """What a quick check of the nodes finds before ranks are started; None: they are well."""
-        ...
-
-    def start(self, run: RunDir, config: Config, attempt: int, program: Sequence[str]) -> AbstractContextManager[Ranks]:
-        """Starts the ranks; on the way out none is left. Raises StartError."""
-        ...
-
-    def can_stay(self, run: RunDir, config: Config, excluded: frozenset[str]) -> bool:
-        """Whether the nodes that are here hold a layout of the run without ``excluded``."""
-        ...
-
-    def end_time(self) -> float | None:
-        """Unix time at which the nodes are taken away; None: never."""
-        ...
-
-    def down_nodes(self, config: Config) -> list[str]:
-        """Nodes of this attempt that are known to have failed."""
-        ...
-
-    def reason_of(self, number: int | None) -> StopReason | None:
-        """What a signal to this process means, None: nothing yet. None for ``number``: whether the batch system is
-        ending the job."""
-        ...
-
-    def vanished(self, started: journal.Entry) -> Verdict:
-        """Why an attempt has no recorded end; ``started`` is the journal's entry of its start."""
-        ...
-
-
-class TooFewNodesError(RuntimeError):
-    """No layout of the run fits the nodes that are left."""
-
-
-class StartError(RuntimeError):
-    """The ranks could not be started; ``exit_class`` says whose matter that is."""
-
-    def __init__(self, message: str, exit_class: ExitClass) -> None:
-        super().__init__(message)
-        self.exit_class = exit_class
-
-
-@dataclass(frozen=True)
-class NodeTrouble:
-    """Nodes that failed the check before training, and what is wrong."""
-
-    nodes: tuple[str, ...]
-    words: str
 
 
 @dataclass
@@ -268,7 +193,7 @@ class Supervisor:
             enforced_grace_s=max(1.0, backend.kill_wait_s - _WRITING_S),
             display=self.open_display(run, self.lease.attempt) if self.open_display is not None else None,
             lost=self.lease.lost,
-            reasons=(self._cancelled, Deadline(run, self.config, backend).poll),
+            reasons=(self._cancelled, Deadline(run.metrics_path, self.config.lifecycle, backend.end_time).poll),
             alarms=(self._cancelled_now, HangAlarm(run, self.lease.attempt, self.config, ranks).poll),
         )
         try:
@@ -444,36 +369,6 @@ class Outcome:
     enforced: bool = False
 
 
-class Deadline:
-    """Asks for a stop when the time that a checkpoint needs is all that is left of the allocation."""
-
-    INTERVAL_S = 2.0
-
-    def __init__(self, run: RunDir, config: Config, backend: Backend) -> None:
-        self._config = config
-        self._backend = backend
-        self._pace = Pace(run.metrics_path)
-        self._began = time.time()
-        self._end = backend.end_time()
-        self._next = 0.0
-
-    def poll(self) -> StopReason | None:
-        now = time.time()
-        if now < self._next:
-            return None
-        self._next = now + self.INTERVAL_S
-        # An administrator may have moved the end meanwhile; the back end asks Slurm as seldom as it sees fit.
-        self._end = self._backend.end_time()
-        if self._end is None:
-            return None
-        self._pace.update()
-        stop = self._pace.stop_time(self._config.lifecycle, began=self._began, end=self._end)
-        if now < stop:
-            return None
-        left = max(0.0, self._end - now)
-        return StopReason(ExitClass.TIME_LIMIT, f"the job's time limit is {left:.0f} s away")
-
-
 @contextlib.contextmanager
 def _as_far_as_possible() -> Iterator[None]:
     """What metrics.jsonl cannot take on a full disk must not keep the decision from the journal."""
@@ -481,34 +376,6 @@ def _as_far_as_possible() -> Iterator[None]:
         yield
     except OSError as error:
         say(f"the end of the attempt cannot be recorded in metrics.jsonl: {error}")
-
-
-EXCLUSION_S = 24 * 3600.0
-"""For so long a node is left out after it was at fault."""
-
-
-def exclusions(history: Sequence[journal.Entry], now: float) -> dict[str, float]:
-    """Nodes that this run has been moved away from, since its user last started it by hand, and when (unix seconds).
-
-    Those that are a day old at ``now`` are over; what the user asked for stays.
-    """
-    nodes: dict[str, float] = {}
-    for entry in history:
-        names, at = entry.get("exclude") or (), float(entry.get("time", now))
-        if entry["event"] == "submitted" and entry.get("kind") != "chain":
-            nodes = dict.fromkeys(names, math.inf)
-        elif entry["event"] == "attempt_ended":
-            nodes |= {name: max(at, nodes.get(name, at)) for name in names}
-        elif entry["event"] in ("requeued", "submitted"):  # which carry on what ends of attempts have said
-            nodes = dict.fromkeys(names, at) | nodes
-        elif entry["event"] == "exclusion_lifted":
-            nodes = {name: since for name, since in nodes.items() if name not in entry["nodes"]}
-    return {name: since for name, since in nodes.items() if now - since < EXCLUSION_S}
-
-
-def excluded_nodes(history: Sequence[journal.Entry]) -> frozenset[str]:
-    """Nodes that this run is kept away from now (see :func:`exclusions`)."""
-    return frozenset(exclusions(history, time.time()))
 
 
 def _exit_code(verdict: Verdict, first_failure: int | None) -> int:
@@ -523,16 +390,3 @@ def _exit_code(verdict: Verdict, first_failure: int | None) -> int:
 def default_program(run: RunDir) -> list[str]:
     """What every rank runs."""
     return [sys.executable, "-m", "pretrain.training.entry", str(run.path)]
-
-
-__all__ = [
-    "Backend",
-    "Deadline",
-    "LeaseHeldError",
-    "Outcome",
-    "Supervisor",
-    "TooFewNodesError",
-    "default_program",
-    "excluded_nodes",
-    "exclusions",
-]

@@ -1,4 +1,4 @@
-"""Attempts inside a Slurm job (see :class:`launchers.lifecycle.supervise.Backend`). Torch-free."""
+"""Attempts inside a Slurm job (see :class:`launchers.lifecycle.backend.Backend`). Torch-free."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launchers.lifecycle import cancellation
+from launchers.lifecycle.backend import NodeTrouble, StartError, TooFewNodesError
 from launchers.lifecycle.exit_class import ExitClass, StopReason, Verdict
 from launchers.lifecycle.journal import Entry
 from launchers.lifecycle.ranks import Ranks
-from launchers.lifecycle.supervise import NodeTrouble, StartError, TooFewNodesError
 from launchers.run_dir import RunDir
 from launchers.slurm import elastic
 from launchers.slurm.commands import JobInfo, Slurm, SlurmError

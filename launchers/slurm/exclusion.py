@@ -2,7 +2,7 @@
 
 An exclusion must not keep a run from ever starting: it is lifted where too few nodes would remain (Slurm itself gives
 out no node that is down), when the node's slurmd has been started again since, and by itself after a day (see
-:func:`launchers.lifecycle.supervise.exclusions`). What is lifted is journalled and said.
+:func:`launchers.lifecycle.exclusions.exclusions`). What is lifted is journalled and said.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from launchers.lifecycle import journal
 from launchers.lifecycle.attempt import say
-from launchers.lifecycle.supervise import excluded_nodes, exclusions
+from launchers.lifecycle.exclusions import excluded_nodes, exclusions
 from launchers.run_dir import RunDir
 from launchers.slurm.commands import Slurm, SlurmError
 from launchers.slurm.start import Allocation

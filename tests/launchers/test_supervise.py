@@ -15,10 +15,12 @@ import pytest
 
 from launchers.lease import Lease
 from launchers.lifecycle import cancellation
+from launchers.lifecycle.backend import NodeTrouble, StartError
+from launchers.lifecycle.exclusions import excluded_nodes
 from launchers.lifecycle.exit_class import ExitClass, StopReason
 from launchers.lifecycle.journal import append, read_journal
 from launchers.lifecycle.memory import OomKills
-from launchers.lifecycle.supervise import NodeTrouble, Outcome, StartError, Supervisor, excluded_nodes
+from launchers.lifecycle.supervise import Outcome, Supervisor
 from launchers.local import LocalBackend
 from launchers.run_dir import RunDir
 from pretrain.config.launch_schema import LifecycleConfig, LocalConfig

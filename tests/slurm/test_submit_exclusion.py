@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
+from launchers.lifecycle.exclusions import excluded_nodes, exclusions
 from launchers.lifecycle.journal import append, read_journal
-from launchers.lifecycle.supervise import excluded_nodes, exclusions
 from launchers.run_dir import RunDir
 from launchers.slurm.commands import JobInfo, NodeInfo, PartitionInfo, Slurm, SlurmError
 from launchers.slurm.exclusion import readmit, settle

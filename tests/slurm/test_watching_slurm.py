@@ -38,7 +38,7 @@ def status(cluster: SlurmCluster, run: WatchedRun) -> dict[str, Any]:
 
 def test_one_question_tells_of_all_jobs(cluster: SlurmCluster, tmp_path: Path) -> None:
     held, active, gone, forgotten = (WatchedRun(tmp_path / name) for name in ("held", "active", "gone", "forgotten"))
-    submit(cluster, held, "--hold")
+    waiting = submit(cluster, held, "--hold")
     running = submit(cluster, active)
     killed = submit(cluster, gone, "--hold")
     cluster.run("scancel", str(killed))
@@ -47,7 +47,7 @@ def test_one_question_tells_of_all_jobs(cluster: SlurmCluster, tmp_path: Path) -
     summaries, fault = summarise_all([held.path, active.path, gone.path, forgotten.path])
     assert fault is None
     assert [s.state for s in summaries] == [State.PENDING, State.STARTING, State.CANCELLED, State.LOST]
-    assert summaries[0].note == "JobHeldUser"
+    assert summaries[0].note == f"JobHeldUser: let it go with `scontrol release {waiting}`"
     view = summaries[1].job_view
     assert view is not None
     assert (view.state, view.nodes) == ("RUNNING", "node1")
