@@ -220,8 +220,12 @@ class Lease:
         interval_s: float = HEARTBEAT_INTERVAL_S,
         job: str | None = None,
         life: int = 0,
+        after: Lease | None = None,
     ) -> Lease:
         """Takes the run directory for a new attempt.
+
+        ``after`` is a lease that this process has given back: should its file not say so (the disk was full), it is
+        no hindrance.
 
         A holder that died on this machine is taken over at once, one on another machine when its last
         heartbeat is older than ``stale_after_s`` seconds, and an earlier ``life`` of the batch ``job`` that this
@@ -229,7 +233,7 @@ class Lease:
         """
         while True:
             last = current_holder(run)
-            if last is not None:
+            if last is not None and (after is None or last.attempt != after.attempt):
                 _refuse_if_held(run, last, stale_after_s, job, life)
             now = time.time()
             start = _process_start(os.getpid())

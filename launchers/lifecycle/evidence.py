@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from launchers.lifecycle.exit_class import STOP_CODES, Evidence, RankEnd
 from launchers.lifecycle.ranks import Ranks
 from launchers.run_dir import RunDir
 from pretrain.checkpoint.store import CheckpointStore, checkpoint_step
+from pretrain.config.files import atomic_write_text
 from pretrain.config.schema import Config
 from pretrain.tracking.metrics_log import recent_records
+
+_ROOM_BYTES = 65536
 
 
 def gather(run: RunDir, config: Config, number: int, ranks: Ranks, attempt: Attempt, backend: Backend) -> Evidence:
@@ -55,7 +59,23 @@ def gather(run: RunDir, config: Config, number: int, ranks: Ranks, attempt: Atte
         asked=attempt.asked,
         down_nodes=backend.down_nodes(config) if codes != {int(ExitCode.FINISHED)} else (),
         out_of_memory=ranks.out_of_memory(),
+        refused=_refusal(run, number) if codes != {int(ExitCode.FINISHED)} else None,
     )
+
+
+def _refusal(run: RunDir, number: int) -> str | None:
+    """Why the run directory takes no files now, as a sentence's beginning with the way out; None when it takes them."""
+    probe = run.attempt_path(number) / f".room-{os.getpid()}"
+    try:
+        try:
+            # More than what may be left in the last block of a file that is there already.
+            atomic_write_text(probe, " " * _ROOM_BYTES)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return f"{run.path} takes no more files ({os.strerror(error.errno)}; make room there)"
+    return None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from launchers.exit_codes import ExitCode, meaning
@@ -95,7 +95,8 @@ class Evidence:
     ``ends`` are the ranks' ends; ``killed_ranks`` those that the supervisor itself killed, ``asked`` whether it asked
     them to stop before they had all ended, and ``stop`` why, if it was for more than the first rank's failure.
     ``down_nodes`` are nodes that Slurm says have failed. ``out_of_memory`` are ranks (or -1: some rank) that the
-    kernel or Slurm says were killed for memory.
+    kernel or Slurm says were killed for memory. ``refused`` is why the run directory took no more files by then, if it
+    did not.
     """
 
     ends: Sequence[RankEnd]
@@ -104,6 +105,7 @@ class Evidence:
     down_nodes: Sequence[str] = ()
     out_of_memory: frozenset[int] = frozenset()
     asked: bool = False
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def classify(evidence: Evidence) -> Verdict:
     if stop is not None and stop.exit_class == ExitClass.HANG:
         return Verdict(ExitClass.HANG, stop.words, stop.rank, stop.node, report=stop.report)
     cause = find_cause(evidence)
+    if evidence.refused is not None and (verdict := _without_room(evidence.refused, cause, evidence)) is not None:
+        return verdict
     if (cause is None or cause.consequence) and (silent := _silent_node(evidence)) is not None:
         lost = next(end for end in ends if end.node == silent)
         words = f"node {silent} fell silent: none of its ranks told of its end"
@@ -209,16 +213,32 @@ def class_of_code(code: int) -> ExitClass:
     return ExitClass.KILLED if code > 128 else ExitClass.CRASH
 
 
+def _words(cause: RankEnd) -> str:
+    assert cause.code is not None
+    where = f" on {cause.node}" if cause.node else ""
+    return f"rank {cause.rank}{where} ended with code {cause.code} ({meaning(cause.code)})"
+
+
 def _failure(cause: RankEnd, evidence: Evidence) -> Verdict:
     assert cause.code is not None
     exit_class = _class_of(cause, evidence)
-    where = f" on {cause.node}" if cause.node else ""
-    words = f"rank {cause.rank}{where} ended with code {cause.code} ({meaning(cause.code)})"
+    words = _words(cause)
     if exit_class == ExitClass.HOST_MEMORY and cause.code != ExitCode.HOST_MEMORY:
         words += ", killed for the memory it used"
     if cause.message:
         words += f": {' '.join(cause.message.split())[:500]}"
     return Verdict(exit_class, words, cause.rank, cause.node, cause.code)
+
+
+def _without_room(refused: str, cause: RankEnd | None, evidence: Evidence) -> Verdict | None:
+    """A run directory that takes no files explains ranks that crash, and those whose account could not be kept."""
+    if cause is None:
+        if evidence.stop is not None:
+            return None
+        return Verdict(ExitClass.USER_ERROR, f"{refused}: the ranks could leave no account of their end")
+    if _class_of(cause, evidence) not in (ExitClass.CRASH, ExitClass.KILLED):
+        return None
+    return replace(_failure(cause, evidence), exit_class=ExitClass.USER_ERROR, reason=f"{refused}: {_words(cause)}")
 
 
 def _saved(stop: StopReason | None) -> Verdict:

@@ -83,7 +83,7 @@ class Supervisor:
                 extra = []  # the chosen checkpoint was the first attempt's: this one continues from the latest
                 say(f"{outcome.decision.reason}. Starting the next attempt.")
                 self.lease.release()
-                self.lease = Lease.acquire(self.run, **self.lease_job)
+                self.lease = Lease.acquire(self.run, after=self.lease, **self.lease_job)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -35,6 +35,9 @@ SETTLE_S = 30.0
 ACTIVE = frozenset({State.PENDING, State.STARTING, State.RUNNING, State.REQUEUED})
 """States from which a run goes on without anybody's doing."""
 
+_NOT_COMING_BACK = frozenset({"CANCELLED", "FAILED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY"})
+"""Ends of a job that is not queued again by Slurm, nor was by its own supervisor: that one waits to be ended then."""
+
 # Ends that leave a good checkpoint and no fault.
 _ORDERLY = ("interrupted", "preempted", "time_limit")
 
@@ -147,6 +150,9 @@ class Facts:
         if last.action in GOES_ON:
             if self.view is not None and (self.view.waits or self.view.is_active):
                 return self._queued(State.REQUEUED)
+            if self.view is not None and last.job == self.job and self.view.state in _NOT_COMING_BACK:
+                words = f"{last.exit_class}: {last.action} was decided, but job {self.job} ended ({self.view.state})"
+                return (State.CANCELLED if self.view.state == "CANCELLED" else State.FAILED), words
             if last.ended is not None and 0 <= self.now - last.ended < SETTLE_S:
                 return State.STARTING, f"again after {last.exit_class}"
             return State.LOST, f"{last.exit_class}: {last.action} was decided but did not happen"

@@ -56,6 +56,25 @@ def test_a_code_has_its_class(code: int, expected: str) -> None:
     assert class_of_code(code) == expected
 
 
+@pytest.mark.parametrize(
+    ("codes", "stop", "expected"),
+    [
+        ((None, None, None, None), None, ("user_error", None)),  # no account could be kept
+        ((None, 1, None, None), None, ("user_error", 1)),
+        ((None, 128 + signal.SIGBUS, 1, None), None, ("user_error", 1)),  # a mapped page without a block
+        ((None, ExitCode.DATA_FAULT, 1, None), None, ("data_fault", 1)),  # says more about the cause
+        ((None, None, None, None), StopReason(ExitClass.PREEMPTED, "preempted"), ("preempted", None)),
+        ((85, 85, 85, 85), None, ("interrupted", None)),
+    ],
+)
+def test_run_directory_that_takes_no_files(
+    codes: tuple[int | None, ...], stop: StopReason | None, expected: tuple[str, int | None]
+) -> None:
+    verdict = classify(Evidence(ends(*codes), stop=stop, refused="/runs/x takes no more files (make room there)"))
+    assert (verdict.exit_class, verdict.rank) == expected
+    assert verdict.reason.startswith("/runs/x takes no more files (make room there): ") == (expected[0] == "user_error")
+
+
 def test_all_finished_whatever_was_asked() -> None:
     stop = StopReason(ExitClass.TIME_LIMIT, "the end is near")
     assert of(Evidence(ends(0, 0, 0, 0), stop)) == ("finished", None, None)

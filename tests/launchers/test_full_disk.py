@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 
 import pytest
 
-from launchers.lease import Lease
+from launchers.lease import Lease, LeaseHeldError
 from launchers.lifecycle import journal
 from launchers.lifecycle.supervise import Supervisor
 from launchers.local import LocalBackend
@@ -129,7 +129,8 @@ def test_end_that_cannot_be_journalled_is_told_in_one_message(
     assert (outcome.code, outcome.decision.action, outcome.decision.at_once) == (1, "stop", False)
     said = capsys.readouterr().err
     assert said.count("Make room there, then continue with: pretrain resume") == 1
-    assert "attempt 1 ended (crash: rank 0" in said
+    assert "attempt 1 ended (user_error: " in said
+    assert "takes no more files (No space left on device; make room there): rank 0" in said
 
     monkeypatch.undo()
     with Lease.acquire(run, job="7", life=1) as lease:
@@ -175,6 +176,11 @@ def test_lease_that_cannot_be_given_back_is_no_fault(run: RunDir, monkeypatch: p
     lease = Lease.acquire(run)
     monkeypatch.setattr(files, "_write_temporary", full)
     lease.release()
+    monkeypatch.undo()
+    with pytest.raises(LeaseHeldError):
+        Lease.acquire(run)
+    with Lease.acquire(run, after=lease) as second:
+        assert second.attempt == 2
 
 
 def test_command_on_a_full_disk_has_one_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,19 @@ def test_restarts_are_counted_and_a_requeue_waits(watched: WatchedRun) -> None:
     assert look(watched, Jobs(asked=True)).state == State.LOST
 
 
+@pytest.mark.parametrize(("job_state", "expected"), [("FAILED", State.FAILED), ("CANCELLED", State.CANCELLED)])
+def test_a_job_that_is_over_does_not_go_on(watched: WatchedRun, job_state: str, expected: State) -> None:
+    watched.submitted(7)
+    watched.started(1, 7)
+    watched.ended(1, "killed", "restart", last_step=10)
+    assert look(watched, slurm_says(7, "RUNNING")).state == State.STARTING
+    summary = look(watched, slurm_says(7, job_state))
+    assert (summary.state, summary.note) == (
+        expected,
+        f"killed: restart was decided, but job 7 ended ({job_state})",
+    )
+
+
 def test_an_attempt_that_failed_is_no_end_while_its_supervisor_goes_on(watched: WatchedRun) -> None:
     watched.started(1)
     watched.trained(1, 0, 10)

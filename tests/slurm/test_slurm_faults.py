@@ -132,7 +132,6 @@ def test_preemption_by_a_job_of_higher_priority(
     assert len(run.events("submitted")) == 1  # the same job came back
 
 
-@one_by_one
 def test_the_time_limit(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:
     """The save is measured in the first life; until then the lead is that of ``first_save_s``, about half the limit."""
     run = SlurmRun(
@@ -183,7 +182,6 @@ def test_the_batch_host_dies(slurm: SlurmCluster, tiny: list[str], undisturbed: 
     assert run.outcome.losses() == undisturbed
 
 
-@one_by_one
 @pytest.mark.timeout(300)
 def test_the_batch_host_of_an_elastic_run_dies_and_nobody_tells_slurm(
     slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path
@@ -202,7 +200,6 @@ def test_the_batch_host_of_an_elastic_run_dies_and_nobody_tells_slurm(
     assert run.outcome.losses() == pytest.approx(undisturbed, rel=1e-5)
 
 
-@one_by_one
 def test_a_node_that_the_run_cannot_do_without_is_waited_for(
     slurm: SlurmCluster, tiny: list[str], tmp_path: Path
 ) -> None:
@@ -212,10 +209,14 @@ def test_a_node_that_the_run_cannot_do_without_is_waited_for(
     run.wait_for_step(4)
     slurm.kill_node("node2")
     (tmp_path / "gate").touch()
-    wait_until(lambda: run.events("requeued"), "the run to be queued again", 60)
+    # By its supervisor, or by Slurm itself where that is first.
+    wait_until(lambda: slurm.job(run.job)["JobState"] == "PENDING", "the run to be queued again", 60)
     slurm.revive_node("node2")
-    assert run.wait() == [("node_failure", "exclude"), ("finished", "stop")]
-    assert run.events("exclusion_lifted")[0]["nodes"] == ["node2"]
+    ends = run.wait()
+    assert [name for name, _ in ends] == ["node_failure", "finished"]
+    if ends[0][1] == "exclude":
+        assert run.events("exclusion_lifted")[0]["nodes"] == ["node2"]
+    assert len({entry["job"] for entry in run.events("attempt_started")}) == 1
 
 
 def test_a_node_dies_and_fewer_go_on(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.skipif(os.environ.get("PRETRAIN_FULL_MATRIX") != "1", reason="minutes long: PRETRAIN_FULL_MATRIX=1")
 def test_run_on_a_disk_that_fills_up(slurm: SlurmCluster, data_path: Path, small_disk: Path, tmp_path: Path) -> None:
     run = SlurmRun(
         slurm, small_disk / "run", *small_run(data_path), "train.steps=2000", "train.micro_batch_size=1",
@@ -46,6 +44,8 @@ def test_run_on_a_disk_that_fills_up(slurm: SlurmCluster, data_path: Path, small
     assert "Traceback" not in log
     status = json.loads(slurm.pretrain("status", run.path, "--json").stdout)
     assert status["state"] == "failed", status
+    assert "takes no more files (No space left on device; make room there)" in log
+    assert run.ends() == [("user_error", "stop")]
     (small_disk / "ballast").unlink()
     saved = max(int(folder.name.partition("_")[2]) for folder in (run.path / "checkpoints").glob("step_*"))
     result = slurm.pretrain("resume", run.path, f"train.steps={saved + 2}", cwd=tmp_path)
