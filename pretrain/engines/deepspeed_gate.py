@@ -92,23 +92,8 @@ class _ZeroGate:
 
 @contextmanager
 def _stages_1_and_2(zero: Any, ask: Ask) -> Iterator[None]:
-    norms: list[float] = []
     accumulated = attribute(zero, "averaged_gradients")
-    measure, update_scale = zero.scaled_global_norm, zero._update_scale
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        norm = measure(*args, **kwargs)
-        norms.append(float(norm) / float(zero.loss_scale))
-        return norm
-
-    def decide(has_overflow: bool = False) -> None:
-        # Called between the norm and the update; `overflow` is read right after.
-        if ask(norms[0] if norms else math.inf):
-            update_scale(has_overflow)
-        else:
-            zero.overflow = True  # without the scaler's word: there is no loss scale, and nothing need have overflown
-
-    with _replaced(zero, "scaled_global_norm", measured), _replaced(zero, "_update_scale", decide):
+    with _between_norm_and_update(zero, "scaled_global_norm", float, ask):
         yield
     # With offloaded state DeepSpeed's way out leaves these, to which the next step would add.
     for group in accumulated:
@@ -119,21 +104,29 @@ def _stages_1_and_2(zero: Any, ask: Ask) -> Iterator[None]:
 def _stage_3(zero: Any, ask: Ask) -> Iterator[None]:
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
-    norms: list[float] = []
-    measure, update_scale = zero._get_norm_groups, zero._update_scale
+    with _between_norm_and_update(zero, "_get_norm_groups", lambda g: float(combine_grad_norm_groups(g)), ask):
+        yield
 
-    def measured() -> Any:
-        groups = measure()
-        norms.append(float(combine_grad_norm_groups(groups)) / float(zero.loss_scale))
-        return groups
+
+@contextmanager
+def _between_norm_and_update(zero: Any, measure_name: str, norm_of: Callable[[Any], float], ask: Ask) -> Iterator[None]:
+    """Asks when the step of ``zero`` has measured its norm; ``norm_of`` reads it out of ``measure_name``'s answer."""
+    norms: list[float] = []
+    measure, update_scale = getattr(zero, measure_name), zero._update_scale
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        answer = measure(*args, **kwargs)
+        norms.append(norm_of(answer) / float(zero.loss_scale))
+        return answer
 
     def decide(has_overflow: bool = False) -> None:
+        # Called between the norm and the update; `overflow` is read right after.
         if ask(norms[0] if norms else math.inf):
             update_scale(has_overflow)
         else:
             zero.overflow = True  # without the scaler's word: there is no loss scale, and nothing need have overflown
 
-    with _replaced(zero, "_get_norm_groups", measured), _replaced(zero, "_update_scale", decide):
+    with _replaced(zero, measure_name, measured), _replaced(zero, "_update_scale", decide):
         yield
 
 

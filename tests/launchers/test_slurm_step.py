@@ -72,6 +72,13 @@ def follow(ranks: SrunRanks) -> dict[int, tuple[int | None, str | None]]:
     return found
 
 
+def wait_for_an_end(ranks: SrunRanks) -> None:
+    deadline = time.monotonic() + 60
+    while not ranks.ends():
+        assert time.monotonic() < deadline
+        ranks.wait(0.05)
+
+
 def test_all_tasks_end_well(tmp_path: Path) -> None:
     assert follow(start(tmp_path, "")) == {0: (0, "n1"), 1: (0, "n1"), 2: (0, "n2"), 3: (0, "n2")}
 
@@ -87,10 +94,7 @@ print("srun: error: n1: tasks 0-1: Exited with exit code 85", flush=True)
 sys.exit(137)
 """
     ranks = start(tmp_path, source)
-    deadline = time.monotonic() + 60
-    while not ranks.ends():
-        assert time.monotonic() < deadline
-        ranks.wait(0.05)
+    wait_for_an_end(ranks)
     assert [(end.rank, end.code, end.node) for end in ranks.ends()] == [(3, 137, "n2")]
     assert ranks.num_running() == 3
     ranks.ask_to_stop()  # through srun itself: the controller is silent
@@ -106,10 +110,7 @@ print("srun: error: n1: task 0: Exited with exit code 1", flush=True)
 time.sleep(600)
 """
     ranks = start(tmp_path, source)
-    deadline = time.monotonic() + 60
-    while not ranks.ends():
-        assert time.monotonic() < deadline
-        ranks.wait(0.05)
+    wait_for_an_end(ranks)
     ranks.kill()
     assert ranks.killed == {1, 2, 3}
     assert follow(ranks)[0] == (1, "n1")

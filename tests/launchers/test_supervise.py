@@ -153,14 +153,20 @@ train(0, 2)
 """
 
 
-def test_a_signal_stops_with_a_checkpoint_and_nothing_follows(run: RunDir) -> None:
-    body = STOPPABLE + textwrap.dedent("""
+def asked(name: str) -> str:
+    """Two ranks that are asked to stop by the signal ``name`` once both are ready for it."""
+    return STOPPABLE + textwrap.dedent(f"""
     if RANK == 0:
         while not (RUN / "ready1").exists():
             time.sleep(0.01)
-        os.kill(os.getppid(), signal.SIGUSR1)
+        os.kill(os.getppid(), signal.{name})
     while not stopped:
         time.sleep(0.01)
+    """)
+
+
+def test_a_signal_stops_with_a_checkpoint_and_nothing_follows(run: RunDir) -> None:
+    body = asked("SIGUSR1") + textwrap.dedent("""
     sys.exit(85)
     """)
     outcome = supervise(run, body, max_restarts=9)
@@ -237,15 +243,9 @@ def test_a_cancelled_attempt_whose_end_nobody_recorded_was_not_preempted(
 
 
 def test_a_rank_that_had_saved_when_it_was_asked_once_more_has_saved(run: RunDir) -> None:
-    body = STOPPABLE + textwrap.dedent("""
+    body = asked("SIGTERM") + textwrap.dedent("""
     from launchers.lifecycle.end_record import write_end_record
     from launchers.run_dir import RunDir
-    if RANK == 0:
-        while not (RUN / "ready1").exists():
-            time.sleep(0.01)
-        os.kill(os.getppid(), signal.SIGTERM)
-    while not stopped:
-        time.sleep(0.01)
     write_end_record(RunDir.open(RUN), ATTEMPT, RANK, 85, "interrupted", "")
     if RANK == 1:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
@@ -261,13 +261,7 @@ def test_a_rank_that_is_killed_while_it_saves_leaves_the_others_little_time(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("launchers.lifecycle.attempt.AFTER_DEATH_S", 0.5)
-    body = STOPPABLE + textwrap.dedent("""
-    if RANK == 0:
-        while not (RUN / "ready1").exists():
-            time.sleep(0.01)
-        os.kill(os.getppid(), signal.SIGTERM)
-    while not stopped:
-        time.sleep(0.01)
+    body = asked("SIGTERM") + textwrap.dedent("""
     if RANK == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)  # waits for the other one

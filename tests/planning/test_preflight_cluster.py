@@ -62,6 +62,7 @@ def test_what_fits() -> None:
         ({"state": "DOWN"}, {}, {}, "partition main", "choose another"),
         ({}, {}, {"time_limit": "2-00:00:00"}, "launcher.time_limit", '"1-00:00:00"'),
         ({"max_nodes": 1}, {}, {}, "launcher.num_nodes", "num_nodes=1"),
+        ({"max_cpus_per_node": 31}, {}, {"threads_per_process": 4}, "launcher.threads_per_process", "process=3,"),
         ({}, {}, {"num_nodes": 8}, "launcher.num_nodes", "num_nodes=4"),
         ({}, {"exclude": ["a1", "a2", "a3"]}, {}, "launcher.num_nodes", "num_nodes=1"),
         ({}, {}, {"threads_per_process": 16}, "launcher.num_processes", "ask for less"),

@@ -128,6 +128,16 @@ def _limits(
             f"at most {partition.max_nodes}, the MaxNodes of {what}",
             f"launcher.num_nodes={partition.max_nodes} or fewer, or another cluster.partition",
         )
+    cpus = _cpus_per_node(launcher)
+    if partition.max_cpus_per_node is not None and cpus > partition.max_cpus_per_node:
+        trouble = True
+        yield error(
+            "launcher.threads_per_process",
+            f"{launcher.processes_per_node} ranks x {launcher.threads_per_process or 1} threads on a node",
+            f"at most {partition.max_cpus_per_node} CPUs, the MaxCPUsPerNode of {what}",
+            f"launcher.threads_per_process={max(1, partition.max_cpus_per_node // launcher.processes_per_node)}, fewer "
+            "ranks on a node, or another cluster.partition",
+        )
     if not trouble:
         longest = "unlimited" if partition.max_time_s is None else _slurm_time(partition.max_time_s)
         yield ok(what, f"{partition.state}, time at most {longest}, asked for {launcher.time_limit}")
@@ -178,9 +188,13 @@ def _membership(facts: ClusterFacts, cluster: ClusterConfig, partitions: list[Pa
         yield ok("cluster.account, cluster.qos", f"{cluster.account or 'default'}, {cluster.qos or 'default'}")
 
 
+def _cpus_per_node(launcher: SlurmConfig) -> int:
+    return launcher.processes_per_node * (launcher.threads_per_process or 1)
+
+
 def _nodes(facts: ClusterFacts, cluster: ClusterConfig, launcher: SlurmConfig) -> Iterator[Finding]:
     nodes = facts.nodes_of(cluster)
-    cpus = launcher.processes_per_node * (launcher.threads_per_process or 1)
+    cpus = _cpus_per_node(launcher)
     memory = memory_mb(cluster.memory_per_node)
     if cluster.memory_per_node is not None and memory is None:
         yield error(
