@@ -4,81 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import damaged_text
 from support.command import Outcome, pretrain
+from support.damaged_text import damage, flip, prepare, prepare_blocks
 
-from data_pipeline.config import TextDataConfig
-from data_pipeline.store.manifest import Block, Manifest
+from data_pipeline.store.manifest import Manifest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-VOCABULARY = 300
-OVERRIDES = [
-    "experiment=tiny",
-    f"model.vocab_size={VOCABULARY}",
-    "data.sequence_length=32",
-    "data.num_lanes=4",
-    "launcher.num_processes=2",
-    "train.micro_batch_size=2",
-    "train.eval_interval=0",
-    "train.checkpoint_interval=2",
-    "train.async_checkpoints=false",
-]
-STDLIB = Path(sysconfig.get_path("stdlib"))
-
-
-def prepare(out: Path, module: str, *more: str) -> None:
-    """Small documents, five lines of a module of the standard library each."""
-    lines = (STDLIB / module).read_text().splitlines()
-    texts = ["\n".join(lines[at : at + 5]) for at in range(0, len(lines), 5)]
-    source = out.with_name(f"{out.name}-{Path(module).stem}.jsonl")
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip()))
-    result = pretrain("data", "prepare", "text", source, out, "--workers", "1", *more)
-    assert result.returncode == 0, result.stderr
+OVERRIDES = [*damaged_text.OVERRIDES, "launcher.num_processes=2"]
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bad-data") / "json"
-    prepare(
-        out, "json/decoder.py", "--vocab-size", str(VOCABULARY), "--block-tokens", "150", "--validation-fraction", "0.2"
-    )
-    TextDataConfig(path=str(out), sequence_length=32, num_lanes=4).build(1234)  # leaves its plan there
-    return out
-
-
-def flip(folder: Path, block: Block) -> None:
-    """Flip one bit of the block's tokens."""
-    with open(folder / block.shard, "r+b") as stream:
-        stream.seek(block.members["tok.npy"]["offset"] + 200)
-        byte = stream.read(1)[0]
-        stream.seek(-1, 1)
-        stream.write(bytes([byte ^ 1]))
+    return prepare_blocks(tmp_path_factory.mktemp("bad-data") / "json")
 
 
 def rank_logs(run: Path, attempt: int = 1) -> list[str]:
     return [(run / "logs" / f"attempt_{attempt:04d}" / f"rank_{rank:05d}.log").read_text() for rank in range(2)]
-
-
-def damage(folder: Path) -> str:
-    """Flip a bit of the first block that rank 1 reads first, after the first two steps; returns its member."""
-    source = TextDataConfig(path=str(folder), sequence_length=32, num_lanes=4).build(1234).train
-    seen: set[str] = set()
-    for index in range(32):
-        fresh = {piece["member"] for piece in source.provenance(index)} - seen
-        if index >= 8 and index % 4 >= 2 and fresh:
-            member = min(fresh)
-            break
-        seen |= fresh
-    else:
-        pytest.fail("no block is first read by rank 1")
-    block = next(b for b in Manifest.load(folder).blocks("train") if f"{b.key}.tok.npy" == member)
-    flip(folder, block)
-    return member
 
 
 def records(run: Path, event: str) -> list[dict[str, Any]]:
