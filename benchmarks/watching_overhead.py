@@ -178,7 +178,7 @@ def _rank(run_path: str) -> int:
         count.a_step_ended()
         return record
 
-    loop.Trainer._step = counted_step  # type: ignore[method-assign]
+    loop.Trainer._step = counted_step  # type: ignore[method-assign,assignment]
     code = entry.main([run_path])
     if os.environ.get("SLURM_PROCID", "0") == "0":
         count.seconds.pop("of DeepSpeed", None)

@@ -116,7 +116,7 @@ class SlurmBackend:
     def start(self, run: RunDir, config: Config, attempt: int, program: Sequence[str]) -> Iterator[Ranks]:
         launcher = config.launcher
         assert isinstance(launcher, SlurmConfig)
-        words = [config.cluster.python or program[0], *program[1:]]
+        words = [config.cluster.rank_python or program[0], *program[1:]]
         with _as_start_error():
             command, environment = rank_command(config, run, attempt, self._used, words)
             ranks = SrunRanks(

@@ -68,9 +68,10 @@ def check_nodes(
             result = run_on_nodes(
                 allocation.job,
                 alive,
-                [*_container(config), config.cluster.python or sys.executable, "-m", "launchers.slurm.node_task"],
+                [*_container(config), config.cluster.rank_python or sys.executable, "-m", "launchers.slurm.node_task"],
                 timeout_s=limit,
                 environment={VARIABLE: json.dumps(part)},
+                options=config.cluster.srun_options,  # they may hold the container
                 stopped=stopped,
             )
         for text in result.output.values():

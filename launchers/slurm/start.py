@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import socket
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -307,7 +308,7 @@ def _hold_port() -> int:
 def _ask(config: Config, used: Allocation, node: str, interface: str | None) -> dict[str, Any]:
     from launchers.slurm.nodes import run_on_nodes
 
-    python = config.cluster.python or "python3"
+    python = config.cluster.python or sys.executable
     words = [python, "-m", "launchers.slurm.nodes", *([f"--interface={interface}"] if interface else [])]
     result = run_on_nodes(used.job, [node], words, timeout_s=120.0)
     text = result.output.get(node, "").strip()

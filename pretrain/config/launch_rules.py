@@ -220,6 +220,27 @@ def _plain_words(path: str, what: str) -> Any:
     return rule
 
 
+def _interpreter_is_contained(python: str | None, container: str | None, options: list[str]) -> Iterator[Violation]:
+    if python is not None and container is None and not options:
+        yield Violation(
+            "cluster.container_python",
+            python,
+            "null: ranks run in no container (cluster.container, or one of cluster.srun_options)",
+            "cluster.python for the interpreter on the nodes",
+        )
+
+
+def _excluded_are_names(names: list[str]) -> Iterator[Violation]:
+    for i, name in enumerate(names):
+        if not re.fullmatch(r"[^\s,\[\]'\"]+", name):
+            yield Violation(
+                f"cluster.exclude[{i}]",
+                name,
+                "the name of one node",
+                "give each node its own entry; `scontrol show hostnames 'n[1-3]'` writes a list out",
+            )
+
+
 def _modules_are_words(modules: list[str]) -> Iterator[Violation]:
     for i, module in enumerate(modules):
         if not re.fullmatch(r"\S+", module):
@@ -246,6 +267,8 @@ LAUNCH_RULES: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
     (("cluster.gres",), _gres_is_known),
     (("cluster.memory_per_node",), _memory_is_known),
     (("cluster.container",), _container_is_a_command),
+    (("cluster.container_python", "cluster.container", "cluster.srun_options"), _interpreter_is_contained),
+    (("cluster.exclude",), _excluded_are_names),
     (("cluster.modules",), _modules_are_words),
     *(
         ((f"cluster.{name}",), _plain_words(f"cluster.{name}", what))
@@ -255,6 +278,7 @@ LAUNCH_RULES: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
             ("qos", "a QOS"),
             ("constraint", "features"),
             ("reservation", "a reservation"),
+            ("container_python", "an interpreter"),
             ("network_interface", "an interface of the nodes, such as ib0"),
         )
     ),

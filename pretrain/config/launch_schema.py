@@ -78,7 +78,8 @@ class ClusterConfig:
     ``exclude`` lists nodes never to be used. ``sbatch_options`` and ``srun_options`` are further options
     (``--mail-type=FAIL``). ``modules`` are loaded, then ``setup`` lines run, before anything else on the batch host.
     ``environment`` is set for all ranks. ``container`` is the command put before each rank's interpreter
-    (``apptainer exec --nv image.sif``), ``python`` the interpreter on the nodes (None: the one that submits).
+    (``apptainer exec --nv image.sif``), ``python`` the interpreter on the nodes (None: the one that submits), and
+    ``container_python`` the ranks' own, where a container of theirs has it elsewhere (None: the same).
     ``network_interface`` goes to NCCL and gloo and gives rank 0's address.
     """
 
@@ -98,7 +99,13 @@ class ClusterConfig:
     environment: dict[str, Any] = field(default_factory=dict, metadata=EXTENDABLE)
     container: str | None = field(default=None, metadata=EXTENDABLE)
     python: str | None = field(default=None, metadata=EXTENDABLE)
+    container_python: str | None = field(default=None, metadata=EXTENDABLE)
     network_interface: str | None = field(default=None, metadata=EXTENDABLE)
+
+    @property
+    def rank_python(self) -> str | None:
+        """The interpreter where ranks run, which may be inside a container; None: the one that submits."""
+        return self.container_python or self.python
 
 
 @dataclass(frozen=True, kw_only=True)

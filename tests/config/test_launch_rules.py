@@ -40,6 +40,8 @@ def test_defaults_and_a_whole_site_are_sound() -> None:
         cluster__gres="gpu:h100:{processes_per_node}",
         cluster__memory_per_node="0",
         cluster__container="apptainer exec --nv '/images/my image.sif'",
+        cluster__container_python="/opt/venv/bin/python",
+        cluster__exclude=["gpu-017", "gpu-018.site"],
         cluster__modules=["cuda/12.4"],
         cluster__constraint="gpu&ib",
     )
@@ -56,6 +58,7 @@ def test_defaults_and_a_whole_site_are_sound() -> None:
         ("cluster.memory_per_node", "64 GB", "64G"),
         ("cluster.container", "apptainer exec 'a", "close the quotes"),
         ("cluster.partition", "gpu big", "cluster.partition=null"),
+        ("cluster.container_python", "/opt/bin/python", "cluster.python"),
     ],
 )
 def test_fault_names_field_and_way_out(path: str, value: Any, fix: str) -> None:
@@ -83,6 +86,13 @@ def test_options_that_are_set_elsewhere_are_refused(field: str, option: str, fix
     (violation,) = violations(**{f"cluster__{field}": ["--comment=x", option]})
     assert violation.path == f"cluster.{field}[1]"
     assert fix in violation.fix
+
+
+@pytest.mark.parametrize("names", [["n1", "n[2-4]"], ["n1", "n2,n3"], ["n1", "n2 n3"]])
+def test_excluded_nodes_are_single_names(names: list[str]) -> None:
+    (violation,) = violations(cluster__exclude=names)
+    assert (violation.path, violation.found) == ("cluster.exclude[1]", names[1])
+    assert "scontrol show hostnames" in violation.fix
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "MASTER_ADDR", "RANK", "MY-VAR"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,15 +59,29 @@ def test_a_damaged_shard_stops_the_run_and_may_then_be_substituted(slurm: SlurmC
 
 
 def test_agents_on_the_nodes_and_a_new_job_for_every_life(slurm: SlurmCluster, tiny: list[str], tmp_path: Path) -> None:
-    """What sites that forbid requeueing, or want torch's own launcher, choose."""
+    """What sites that forbid requeueing, want torch's own launcher, or have the software in an image, choose."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$IMAGE $*" >> {tmp_path}/calls\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     faults = [fault("kill", 4, rank=1, once=tmp_path / "kill"), fault("host_memory", 6, rank=0, once=tmp_path / "oom")]
     run = SlurmRun(
-        slurm, tmp_path / "run", *tiny, *faulty(*faults), "launcher.start=torchrun", "launcher.requeue_by=submit"
+        slurm,
+        tmp_path / "run",
+        *tiny,
+        *faulty(*faults),
+        "launcher.start=torchrun",
+        "launcher.requeue_by=submit",
+        "launcher.node_check=true",
+        "cluster.container=env IMAGE=box",
+        f"cluster.container_python={python}",
     )
     assert run.wait() == [("killed", "restart"), ("host_memory", "requeue"), ("finished", "stop")]
     submitted = run.events("submitted")
     assert [entry["kind"] for entry in submitted] == ["first", "chain"]
     assert [entry["job"] for entry in run.events("attempt_started")] == [submitted[i]["job"] for i in (0, 0, 1)]
+    calls = (tmp_path / "calls").read_text()
+    assert all(f"box -m {module}" in calls for module in ("launchers.slurm.node_task", "torch.distributed.run"))
+    assert "launchers.slurm.job" not in calls
     assert run.outcome.losses() == local_losses(tmp_path / "local", *tiny)
 
 
