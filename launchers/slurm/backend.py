@@ -94,6 +94,14 @@ class SlurmBackend:
         except SlurmError:
             return []
 
+    def _started_since(self, nodes: Sequence[str], when: float) -> list[str]:
+        """Nodes whose slurmd is younger than ``when``, in unix seconds; none while Slurm does not answer."""
+        try:
+            infos = self._slurm.nodes(nodes)
+        except SlurmError:
+            return []
+        return [name for name in nodes if name in infos and (infos[name].slurmd_start or 0.0) > when]
+
     def check_nodes(self, run: RunDir, config: Config, attempt: int) -> NodeTrouble | None:
         launcher = config.launcher
         assert isinstance(launcher, SlurmConfig)
@@ -169,6 +177,9 @@ class SlurmBackend:
         if dead := self._dead(nodes):
             how = f"with its node {dead[0]}" if dead[0] == nodes[0] else f"when node {dead[0]} failed"
             return Verdict(ExitClass.NODE_FAILURE, f"{words} {how}", node=dead[0])
+        if back := self._started_since(nodes, float(started["time"])):
+            how = f"when node {back[0]} failed, which has been started again since"
+            return Verdict(ExitClass.NODE_FAILURE, f"{words} {how}", node=back[0])
         return Verdict(ExitClass.PREEMPTED, f"{words}: Slurm ended the job before its end was recorded")
 
 

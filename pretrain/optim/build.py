@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pretrain.optim.exchange import Share
 from pretrain.optim.matrices import is_exempt, mark_embeddings, takes_muon
 from pretrain.optim.muon import IS_MUON, MuonAdamW
 from pretrain.parallel.canonical import CanonicalParameter, canonical_parameters
+from pretrain.parallel.late_compiler import optimizers_without_compiler, step_without_compiler
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,8 +58,13 @@ def build_optimizer(model: nn.Module, config: OptimizerChoice) -> torch.optim.Ad
 def optimizer_of(groups: Iterable[dict[str, Any]], config: OptimizerChoice) -> torch.optim.AdamW:
     """The optimizer that ``config`` names over parameter groups that have their own weight decay."""
     betas = (config.betas[0], config.betas[1])
+    optimizers_without_compiler()
     if not isinstance(config, MuonConfig):
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps)
+        # Of this object alone: DeepSpeed knows AdamW by its very class.
+        step = torch.optim.Optimizer.profile_hook_step(step_without_compiler(torch.optim.AdamW))
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        return optimizer
     return MuonAdamW(
         groups,
         lr=config.learning_rate,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.optim.exchange import MatrixExchange, Share
+from pretrain.parallel.late_compiler import step_without_compiler
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic x -> a x + b x^3 + c x^5, steepest at 0: five rounds bring singular values into about [0.7, 1.2]."""
@@ -26,6 +27,8 @@ MOMENTUM = "momentum_buffer"
 """Muon's slot of state, under torch's name."""
 IS_MUON = "is_muon"
 """Key of a parameter group whose matrices take Muon."""
+
+_adamw_step = step_without_compiler(torch.optim.AdamW)
 
 
 def orthogonalise(update: Tensor, steps: int) -> Tensor:
@@ -114,7 +117,7 @@ class MuonAdamW(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group.get(IS_MUON)]
         try:
-            loss = super().step(closure)
+            loss = _adamw_step(self, closure)
         finally:
             self.param_groups = groups
         self._muon_step()

@@ -12,6 +12,8 @@ import logging
 import os
 import warnings
 
+from pretrain.parallel.late_compiler import compiled_at_first_call
+
 KNOWN_VERSIONS = ("0.16.1",)
 """Versions whose internals (optimizer state, and on CPU the places that name ``cuda``) were read and tested."""
 
@@ -76,7 +78,7 @@ def import_megatron(device_type: str) -> None:
     # Advice on libraries that are absent here, and on torch's coming names for collectives: nothing a user can act on.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), compiled_at_first_call():
         warnings.simplefilter("ignore")
         modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES]
     assert modules

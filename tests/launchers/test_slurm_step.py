@@ -14,7 +14,7 @@ import pytest
 
 from launchers.lifecycle.exit_class import ExitClass
 from launchers.slurm.backend import SlurmBackend, meaning_of, notice_s
-from launchers.slurm.commands import JobInfo, Slurm, SlurmError
+from launchers.slurm.commands import JobInfo, NodeInfo, Slurm, SlurmError
 from launchers.slurm.start import Allocation
 from launchers.slurm.step import SrunRanks, parse_task_ends
 
@@ -192,8 +192,9 @@ def test_the_notice_of_the_time_limit_comes_with_the_lead_of_the_script(tmp_path
 
 
 def test_any_node_that_is_dead_explains_a_vanished_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = SlurmBackend(Allocation(7, ("n1",), (1,), "n1"), cast(Slurm, Silent()))
-    started = {"event": "attempt_started", "attempt": 1, "nodes": ["n1", "n2"]}
+    slurm = Silent()
+    backend = SlurmBackend(Allocation(7, ("n1",), (1,), "n1"), cast(Slurm, slurm))
+    started = {"event": "attempt_started", "attempt": 1, "nodes": ["n1", "n2"], "time": 1000.0}
     for dead, expected, node in (
         ([], ExitClass.PREEMPTED, None),
         (["n1"], ExitClass.NODE_FAILURE, "n1"),
@@ -202,12 +203,22 @@ def test_any_node_that_is_dead_explains_a_vanished_supervisor(monkeypatch: pytes
         monkeypatch.setattr("launchers.slurm.backend.dead_nodes", lambda nodes, slurm, dead=dead: dead)
         verdict = backend.vanished(started)
         assert (verdict.exit_class, verdict.node) == (expected, node)
+    # The node is back, by a slurmd that is younger than the attempt.
+    monkeypatch.setattr("launchers.slurm.backend.dead_nodes", lambda nodes, slurm: [])
+    for begun, expected, node in ((999.0, ExitClass.PREEMPTED, None), (1001.0, ExitClass.NODE_FAILURE, "n2")):
+        again = NodeInfo("n2", frozenset({"IDLE"}), "", "n2", "n2", 8, 1000, "", slurmd_start=begun)
+        monkeypatch.setattr(slurm, "nodes", lambda names, again=again: {"n2": again})
+        verdict = backend.vanished(started)
+        assert (verdict.exit_class, verdict.node) == (expected, node)
 
 
 class Silent:
     """A controller without an answer to anything."""
 
     def config(self) -> dict[str, str]:
+        raise SlurmError("no answer", transient=True)
+
+    def nodes(self, names: Any) -> Any:
         raise SlurmError("no answer", transient=True)
 
 
