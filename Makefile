@@ -21,9 +21,9 @@ demo: install
 	$(BIN)/pretrain data prepare stdlib data/stdlib
 	$(BIN)/pretrain run experiment=demo
 
-# A file's tests stay together: they share what the file starts.
+# A file's tests stay together: they share what the file starts. Slow files come first (tests/conftest.py).
 test: install-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Every layout of both engines with every model, every move of a checkpoint between layouts and every fault on Slurm by
 # itself, where `make test` takes a subset that changes with the commit: about two hours on two cores.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from launchers.run_dir import RunDir, atomic_write_text
 from launchers.slurm.commands import Slurm, SlurmError
 from launchers.slurm.script import rank_variables
+from launchers.slurm.step import AGENT_LOG
 from pretrain.config.launch_schema import SlurmConfig
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def rank_command(
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(launcher.shutdown_grace_s))
         ranks = node_command(ranks, num_nodes=len(used.nodes), per_node=per_node, logs=run.attempt_path(attempt))
         tasks, cpus = 1, threads * per_node
-        log = run.attempt_path(attempt) / "torchrun_%5n.log"
+        log = run.attempt_path(attempt) / AGENT_LOG.format(node="%5n")
     # No node may be asked for more than the job has there, whatever threads were wished for.
     cpus = max(1, min(cpus, min(used.cpus) // tasks))
     run.attempt_path(attempt).mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,9 @@ from launchers.exit_codes import from_returncode
 from launchers.lifecycle.exit_class import RankEnd
 from launchers.slurm.commands import Slurm, SlurmError
 
+AGENT_LOG = "torchrun_{node}.log"
+"""Of a node's torchrun, beside the step's own log."""
+
 _TASK_END = re.compile(r"^srun: error: (\S+): tasks? ([\d,\-\[\] ]+): (.+?)(?: \(core dumped\))?$")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
 _OUT_OF_MEMORY = re.compile(r"[Oo]ut [Oo]f [Mm]emory|oom[-_ ]kill", re.IGNORECASE)
@@ -62,6 +65,12 @@ def _numbers(text: str) -> list[int]:
         if first.isdigit():
             numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def told_ends(log: str) -> dict[int, int]:
+    """Exit codes, as a shell's, by rank of the run: those that an agent names as failed at the end of its log."""
+    found = re.findall(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+)", log)
+    return {int(rank): from_returncode(int(code)) for rank, code in found}
 
 
 class SrunRanks:
@@ -130,13 +139,20 @@ class SrunRanks:
         return found
 
     def _of_agents(self, found: list[RankEnd], codes: Mapping[int, int]) -> list[RankEnd]:
-        """A node whose agent was killed took its ranks along; other ends are told by the ranks' own records."""
-        return [
-            RankEnd(end.rank, codes[end.rank // self._per_node], end.node, end.time)
-            if end.code is None and codes.get(end.rank // self._per_node, 0) > 128
-            else end
-            for end in found
-        ]
+        """A node whose agent was killed took its ranks along. A rank that was killed is told by its agent's log; other
+        ends are told by the ranks' own records."""
+        told: dict[int, int] = {}
+        for node in range(len(self._nodes)):
+            with contextlib.suppress(OSError):
+                log = self._log.with_name(AGENT_LOG.format(node=f"{node:05d}"))
+                told |= told_ends(log.read_text(encoding="utf-8", errors="replace"))
+
+        def code_of(end: RankEnd) -> int | None:
+            of_agent = codes.get(end.rank // self._per_node, 0)
+            own = of_agent if of_agent > 128 else told.get(end.rank, 0)
+            return own if end.code is None and own > 128 else end.code
+
+        return [RankEnd(end.rank, code_of(end), end.node, end.time) for end in found]
 
     def _read_log(self) -> dict[int, int]:
         with contextlib.suppress(OSError):

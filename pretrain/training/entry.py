@@ -7,6 +7,7 @@ Reads the frozen configuration only, joins the other ranks and trains. Exit code
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import socket
@@ -87,14 +88,20 @@ def _is_stuck() -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process also where a thread is stuck."""
-    if _is_stuck():
-        # The interpreter would wait for pools of such a thread for ever.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """End the process, also where a thread is stuck.
+
+    What is registered for the end is done, but the interpreter's taking apart of every module is not: with torch loaded
+    that takes most of a second, for which the other ranks, or the next attempt, would wait.
+    """
+    if not _is_stuck():  # a pool of such a thread would be waited for without end
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _start(path: Path, checkpoint: str | None, stop: StopRequest, heart: Heart | None) -> int:

@@ -133,6 +133,32 @@ def test_a_killed_agent_takes_its_node_s_ranks_along(tmp_path: Path) -> None:
     assert follow(ranks) == {0: (None, "n1"), 1: (None, "n1"), 2: (137, "n2"), 3: (137, "n2")}
 
 
+AGENT_SAYS = """\
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+Failures:
+[1]:
+  time      : 2026-11-22_18:56:44
+  rank      : 2 (local_rank: 0)
+  exitcode  : 85 (pid: 31023)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_18:56:44
+  host      : localhost
+  rank      : 3 (local_rank: 1)
+  exitcode  : -9 (pid: 31024)  (SIGKILL)
+"""
+
+
+def test_an_agent_tells_of_a_rank_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "torchrun_00001.log").write_text(AGENT_SAYS)
+    source = "print('srun: error: n2: task 1: Exited with exit code 1'); sys.exit(1)"
+    ranks = start(tmp_path, source, tasks_are_nodes=True)
+    # That of rank 2 is in its own record, if it could leave one.
+    assert follow(ranks) == {0: (None, "n1"), 1: (None, "n1"), 2: (None, "n2"), 3: (137, "n2")}
+
+
 RUNNING = JobInfo(7, "RUNNING", "", start_time=1000.0, end_time=5000.0, time_limit_s=4000.0)
 ENDING = replace(RUNNING, state="COMPLETING")
 

@@ -14,20 +14,11 @@ from support.faults import fault, faulty
 from support.mlflow_server import server
 from support.slurm_cluster import SlurmCluster, wait_until
 from support.slurm_run import SlurmRun
-from support.small_text import small_run
 from support.tcp_proxy import free_port
 
 from pretrain.tracking.store import import_client
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def tiny(data_path: Path) -> list[str]:
-    return [
-        *small_run(data_path), "train.steps=8", "train.micro_batch_size=1", "train.checkpoint_interval=2",
-        "train.async_checkpoints=false", "train.eval_interval=0", "launcher.node_check=false",
-    ]  # fmt: skip
 
 
 def local_losses(path: Path, *overrides: str) -> dict[int, float]:
@@ -39,7 +30,7 @@ def local_losses(path: Path, *overrides: str) -> dict[int, float]:
 
 
 def test_a_damaged_shard_stops_the_run_and_may_then_be_substituted(slurm: SlurmCluster, tmp_path: Path) -> None:
-    folder = prepare_blocks(tmp_path / "data")
+    folder = prepare_blocks(tmp_path / "json")
     sound = Path(shutil.copytree(folder, tmp_path / "sound"))
     member = damage(folder)
     overrides = [*damaged_text.OVERRIDES, "launcher.node_check=false"]
@@ -58,7 +49,9 @@ def test_a_damaged_shard_stops_the_run_and_may_then_be_substituted(slurm: SlurmC
     assert run.outcome.losses() == straight
 
 
-def test_agents_on_the_nodes_and_a_new_job_for_every_life(slurm: SlurmCluster, tiny: list[str], tmp_path: Path) -> None:
+def test_agents_on_the_nodes_and_a_new_job_for_every_life(
+    slurm: SlurmCluster, tiny: list[str], undisturbed: dict[int, float], tmp_path: Path
+) -> None:
     """What sites that forbid requeueing, want torch's own launcher, or have the software in an image, choose."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$IMAGE $*" >> {tmp_path}/calls\nexec {sys.executable} "$@"\n')
@@ -72,7 +65,7 @@ def test_agents_on_the_nodes_and_a_new_job_for_every_life(slurm: SlurmCluster, t
         "launcher.start=torchrun",
         "launcher.requeue_by=submit",
         "launcher.node_check=true",
-        "cluster.container=env IMAGE=box",
+        'cluster.container="env IMAGE=box"',
         f"cluster.container_python={python}",
     )
     assert run.wait() == [("killed", "restart"), ("host_memory", "requeue"), ("finished", "stop")]
@@ -82,7 +75,7 @@ def test_agents_on_the_nodes_and_a_new_job_for_every_life(slurm: SlurmCluster, t
     calls = (tmp_path / "calls").read_text()
     assert all(f"box -m {module}" in calls for module in ("launchers.slurm.node_task", "torch.distributed.run"))
     assert "launchers.slurm.job" not in calls
-    assert run.outcome.losses() == local_losses(tmp_path / "local", *tiny)
+    assert run.outcome.losses() == undisturbed
 
 
 def ids_by_name(uri: str, experiment: str, count: int) -> dict[str, str] | None:
@@ -104,7 +97,7 @@ def test_an_mlflow_server_that_dies_under_two_runs(slurm: SlurmCluster, tiny: li
     with server(store, port):
         runs = [
             SlurmRun(
-                slurm, tmp_path / name, *tiny, *tracked,
+                slurm, tmp_path / name, *tiny, *tracked, "launcher.node_check=false",
                 *faulty(*faults, fault("kill", 5, rank=1, once=tmp_path / f"kill_{name}")),
             )
             for name in ("one", "two")
