@@ -29,6 +29,8 @@ HEARTBEAT_INTERVAL_S = 5.0
 # Far above the heartbeat interval plus what clocks of two hosts and a stalled file system may differ by.
 STALE_AFTER_S = 120.0
 
+WATCH_S = 3 * HEARTBEAT_INTERVAL_S
+
 _ATTEMPT = re.compile(r"^attempt_(\d{4,})$")
 
 
@@ -175,6 +177,24 @@ def _refuse_if_held(run: RunDir, holder: Holder, stale_after_s: float, job: str 
         )
 
 
+def _refuse_if_it_beats(run: RunDir, holder: Holder, watch_s: float) -> None:
+    """Looks at the lease of another machine for ``watch_s``: a heartbeat that changes is a sign of life, whatever time
+    that machine takes it to be."""
+    deadline = time.monotonic() + watch_s
+    while time.monotonic() < deadline:
+        time.sleep(min(0.5, watch_s / 4))
+        now = current_holder(run)
+        if now is None or now.attempt != holder.attempt:
+            return  # someone else was quicker; the claim of that number will fail
+        if now.heartbeat != holder.heartbeat:
+            away_s = abs(time.time() - now.heartbeat)
+            raise LeaseHeldError(
+                f"{run.path}: held by process {now.pid} on {now.host} (attempt {now.attempt}), which gives signs of "
+                f"life though its clock is {away_s:.0f} s away from this machine's. Stop it there, then try again; and "
+                "have the clocks of both set right."
+            )
+
+
 def _claim(run: RunDir, holder: Holder) -> bool:
     """Tries to take ``holder.attempt``; False when another process has it."""
     run.logs_path.mkdir(exist_ok=True)
@@ -221,6 +241,7 @@ class Lease:
         job: str | None = None,
         life: int = 0,
         after: Lease | None = None,
+        watch_s: float = WATCH_S,
     ) -> Lease:
         """Takes the run directory for a new attempt.
 
@@ -228,13 +249,16 @@ class Lease:
         no hindrance.
 
         A holder that died on this machine is taken over at once, one on another machine when its last
-        heartbeat is older than ``stale_after_s`` seconds, and an earlier ``life`` of the batch ``job`` that this
+        heartbeat is older than ``stale_after_s`` seconds and it gives no other while this waits for ``watch_s`` (clocks
+        of two hosts may differ by more than that age), and an earlier ``life`` of the batch ``job`` that this
         process is part of at once in any case. Raises LeaseHeldError otherwise.
         """
         while True:
             last = current_holder(run)
             if last is not None and (after is None or last.attempt != after.attempt):
                 _refuse_if_held(run, last, stale_after_s, job, life)
+                if not last.released and not is_here(last) and (job is None or last.job != job):
+                    _refuse_if_it_beats(run, last, watch_s)
             now = time.time()
             start = _process_start(os.getpid())
             assert start is not None

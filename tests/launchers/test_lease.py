@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from launchers import lease as lease_module
 from launchers.lease import FencedError, Lease, LeaseHeldError, check_attempt, current_holder
-from launchers.run_dir import RunDir
+from launchers.run_dir import RunDir, atomic_write_text
 
 _HOLD = """
 import sys, time
@@ -121,10 +122,32 @@ def test_a_distant_holder_is_taken_over_only_when_silent(run: RunDir) -> None:
     run.lease_path.write_text(json.dumps(record))
     with pytest.raises(LeaseHeldError, match="on far since"):
         Lease.acquire(run, stale_after_s=120)
-    with Lease.acquire(run, stale_after_s=30) as held:
+    with Lease.acquire(run, stale_after_s=30, watch_s=0.1) as held:
         assert held.attempt == 2
         with pytest.raises(FencedError, match="attempt 1 lost this run directory to attempt 2"):
             check_attempt(run, 1)
+
+
+def test_a_distant_holder_whose_clock_is_wrong_is_seen_to_live(run: RunDir) -> None:
+    with Lease.acquire(run):
+        record = json.loads(run.lease_path.read_text())
+    record |= {"released": False, "host": "far", "machine": "far"}
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.01):
+            # Written as a holder does, by a clock that is an hour behind.
+            atomic_write_text(run.lease_path, json.dumps(record | {"heartbeat": time.time() - 3600}))
+
+    atomic_write_text(run.lease_path, json.dumps(record | {"heartbeat": time.time() - 3600}))
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(LeaseHeldError, match=r"gives signs of life though its clock is 36\d\d s away"):
+            Lease.acquire(run, watch_s=60)
+    finally:
+        over.set()
+        beating.join()
 
 
 def test_a_claim_whose_maker_died_before_its_first_heartbeat_uses_up_its_number(run: RunDir) -> None:
