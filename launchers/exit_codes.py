@@ -28,7 +28,7 @@ _MEANINGS = {
     ExitCode.FINISHED: "finished",
     ExitCode.FAILED: "unexpected failure",
     ExitCode.INVALID_INPUT: "invalid configuration or input",
-    ExitCode.RUN_DIRECTORY_REFUSED: "run directory refused (other configuration, or held by another writer)",
+    ExitCode.RUN_DIRECTORY_REFUSED: "run directory refused (other configuration, another writer, or a full disk)",
     ExitCode.CORRUPTED_CHECKPOINT: "corrupted checkpoint",
     ExitCode.NONFINITE: "bad numbers: loss or gradient is not finite, or the loss spiked",
     ExitCode.DATA_FAULT: "damaged or unreachable data",

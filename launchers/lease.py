@@ -184,8 +184,8 @@ def _refuse_if_it_beats(run: RunDir, holder: Holder, watch_s: float) -> None:
     while time.monotonic() < deadline:
         time.sleep(min(0.5, watch_s / 4))
         now = current_holder(run)
-        if now is None or now.attempt != holder.attempt:
-            return  # someone else was quicker; the claim of that number will fail
+        if now is None or now.released or now.attempt != holder.attempt:
+            return  # it has left, or someone else was quicker and the claim of that number will fail
         if now.heartbeat != holder.heartbeat:
             away_s = abs(time.time() - now.heartbeat)
             raise LeaseHeldError(

@@ -202,7 +202,7 @@ class LocalBackend:
     def check_nodes(self, run: RunDir, config: Config, attempt: int) -> None:
         return None
 
-    def vanished(self, started: Entry) -> Verdict:
+    def vanished(self, started: Entry, last_sign: float) -> Verdict:
         return Verdict(ExitClass.KILLED, f"the launcher of attempt {started['attempt']} was killed")
 
     def reason_of(self, number: int | None) -> StopReason | None:

@@ -64,8 +64,9 @@ class Backend(Protocol):
         ending the job."""
         ...
 
-    def vanished(self, started: journal.Entry) -> Verdict:
-        """Why an attempt has no recorded end; ``started`` is the journal's entry of its start."""
+    def vanished(self, started: journal.Entry, last_sign: float) -> Verdict:
+        """Why an attempt has no recorded end; ``started`` is the journal's entry of its start, ``last_sign`` the unix
+        time at which a rank last told of itself."""
         ...
 
 

@@ -13,6 +13,7 @@ from launchers.lifecycle.attempt import Attempt
 from launchers.lifecycle.backend import Backend
 from launchers.lifecycle.end_record import read_end_records
 from launchers.lifecycle.exit_class import STOP_CODES, Evidence, RankEnd
+from launchers.lifecycle.journal import Entry
 from launchers.lifecycle.ranks import Ranks
 from launchers.run_dir import RunDir
 from pretrain.checkpoint.store import CheckpointStore, checkpoint_step
@@ -76,6 +77,12 @@ def _refusal(run: RunDir, number: int) -> str | None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return f"{run.path} takes no more files ({os.strerror(error.errno)}; make room there)"
     return None
+
+
+def last_sign_of_life(run: RunDir, started: Entry) -> float:
+    """When a rank of the attempt that began with the journal's entry ``started`` last told of itself, unix seconds."""
+    beats = read_heartbeats(run, int(started["attempt"]))
+    return max([float(started["time"]), *(beat.time for beat in beats)])
 
 
 @dataclass(frozen=True)

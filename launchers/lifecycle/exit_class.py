@@ -213,16 +213,11 @@ def class_of_code(code: int) -> ExitClass:
     return ExitClass.KILLED if code > 128 else ExitClass.CRASH
 
 
-def _words(cause: RankEnd) -> str:
-    assert cause.code is not None
-    where = f" on {cause.node}" if cause.node else ""
-    return f"rank {cause.rank}{where} ended with code {cause.code} ({meaning(cause.code)})"
-
-
 def _failure(cause: RankEnd, evidence: Evidence) -> Verdict:
     assert cause.code is not None
     exit_class = _class_of(cause, evidence)
-    words = _words(cause)
+    where = f" on {cause.node}" if cause.node else ""
+    words = f"rank {cause.rank}{where} ended with code {cause.code} ({meaning(cause.code)})"
     if exit_class == ExitClass.HOST_MEMORY and cause.code != ExitCode.HOST_MEMORY:
         words += ", killed for the memory it used"
     if cause.message:
@@ -238,7 +233,8 @@ def _without_room(refused: str, cause: RankEnd | None, evidence: Evidence) -> Ve
         return Verdict(ExitClass.USER_ERROR, f"{refused}: the ranks could leave no account of their end")
     if _class_of(cause, evidence) not in (ExitClass.CRASH, ExitClass.KILLED):
         return None
-    return replace(_failure(cause, evidence), exit_class=ExitClass.USER_ERROR, reason=f"{refused}: {_words(cause)}")
+    failure = _failure(cause, evidence)
+    return replace(failure, exit_class=ExitClass.USER_ERROR, reason=f"{refused}: {failure.reason}")
 
 
 def _saved(stop: StopReason | None) -> Verdict:

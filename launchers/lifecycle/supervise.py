@@ -23,7 +23,7 @@ from launchers.lifecycle import cancellation, journal
 from launchers.lifecycle.attempt import Attempt, Display, say
 from launchers.lifecycle.backend import Backend, StartError, TooFewNodesError
 from launchers.lifecycle.deadline import Deadline, Pace
-from launchers.lifecycle.evidence import Steps, describe_failure, gather, steps_of
+from launchers.lifecycle.evidence import Steps, describe_failure, gather, last_sign_of_life, steps_of
 from launchers.lifecycle.exclusions import excluded_nodes
 from launchers.lifecycle.exit_class import ExitClass, StopReason, Verdict, classify
 from launchers.lifecycle.hanging import HangAlarm
@@ -115,7 +115,7 @@ class Supervisor:
         verdict = (
             Verdict(ExitClass.CRASH, f"the supervisor of attempt {last['attempt']} gave up: {gave_up['message']}")
             if gave_up is not None
-            else self.backend.vanished(last)
+            else self.backend.vanished(last, last_sign_of_life(self.run, last))
         )
         steps = steps_of(self.run, last["attempt"])
         own_life = self.backend.queue and last.get("job") == self.backend.job

@@ -169,7 +169,7 @@ class SlurmBackend:
             info = self.info()
         return meaning_of(info, number, time.time(), self.allocation.restarts, self._notice_s)
 
-    def vanished(self, started: Entry) -> Verdict:
+    def vanished(self, started: Entry, last_sign: float) -> Verdict:
         nodes = [str(node) for node in started.get("nodes") or []]
         words = f"the supervisor of attempt {started['attempt']} vanished"
         # Without --no-kill any node's death ends the job, at times before its supervisor can write that down. The
@@ -177,9 +177,9 @@ class SlurmBackend:
         if dead := self._dead(nodes):
             how = f"with its node {dead[0]}" if dead[0] == nodes[0] else f"when node {dead[0]} failed"
             return Verdict(ExitClass.NODE_FAILURE, f"{words} {how}", node=dead[0])
-        if back := self._started_since(nodes, float(started["time"])):
-            how = f"when node {back[0]} failed, which has been started again since"
-            return Verdict(ExitClass.NODE_FAILURE, f"{words} {how}", node=back[0])
+        if back := self._started_since(nodes, last_sign):
+            # That one is well now: none is to be left out.
+            return Verdict(ExitClass.NODE_FAILURE, f"{words} when node {back[0]} failed, which is back since")
         return Verdict(ExitClass.PREEMPTED, f"{words}: Slurm ended the job before its end was recorded")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import socket
 import sys
@@ -71,7 +72,7 @@ def check_nodes(
                 [*_container(config), config.cluster.rank_python or sys.executable, "-m", "launchers.slurm.node_task"],
                 timeout_s=limit,
                 environment={VARIABLE: json.dumps(part)},
-                options=config.cluster.srun_options,  # they may hold the container
+                options=[each for each in config.cluster.srun_options if OF_CONTAINERS.match(each)],
                 stopped=stopped,
             )
         for text in result.output.values():
@@ -198,6 +199,11 @@ def _expected_devices(config: Config) -> int:
     launcher = config.launcher
     per_node = getattr(launcher, "processes_per_node", 1)
     return per_node if launcher.device == "cuda" else -per_node if launcher.device == "auto" else 0
+
+
+OF_CONTAINERS = re.compile(r"--((no-)?container|environment\b)")
+"""Options of Pyxis and the like. Others share out a node's devices and memory, of which the check's one task on each
+node is to see all."""
 
 
 def _container(config: Config) -> list[str]:

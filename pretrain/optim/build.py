@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ def optimizer_of(groups: Iterable[dict[str, Any]], config: OptimizerChoice) -> t
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps)
         # Of this object alone: DeepSpeed knows AdamW by its very class.
         step = torch.optim.Optimizer.profile_hook_step(step_without_compiler(torch.optim.AdamW))
-        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        itself = weakref.ref(optimizer)  # no circle: its state goes when it goes
+        optimizer.step = lambda *args, **kwargs: step(itself(), *args, **kwargs)  # type: ignore[method-assign]
         return optimizer
     return MuonAdamW(
         groups,

@@ -51,8 +51,13 @@ def compiled_at_first_call() -> Iterator[None]:
 
         @functools.wraps(model)
         def function(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return model(*args, **kwargs)  # part of a graph that someone else compiles
             if not compiled:
-                compiled.append(compile_now(model, **options))
+                try:
+                    compiled.append(compile_now(model, **options))
+                except RuntimeError:  # this Python, or system, has no compiler: engines then take the plain function
+                    compiled.append(model)
             return compiled[0](*args, **kwargs)
 
         return function

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import logging
 import os
 import socket
@@ -90,17 +91,15 @@ def _is_stuck() -> bool:
 def _leave(code: int) -> NoReturn:
     """End the process, also where a thread is stuck.
 
-    What is registered for the end is done, but the interpreter's taking apart of every module is not: with torch loaded
-    that takes most of a second, for which the other ranks, or the next attempt, would wait.
+    Python's own handlers of the end run, those of libraries in C do not, and no module is taken apart: with torch
+    loaded that takes most of a second, for which the other ranks, or the next attempt, would wait.
     """
     if not _is_stuck():  # a pool of such a thread would be waited for without end
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        threading._shutdown()  # type: ignore[attr-defined]  # ends pools, then waits for threads
         atexit._run_exitfuncs()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for finish in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not change the code
+            finish()
     os._exit(code)
 
 

@@ -13,7 +13,7 @@ from data_pipeline.errors import DamagedDataError, FetchError
 from launchers.exit_codes import ExitCode
 from launchers.lease import FencedError
 from launchers.run_dir import RunDir, RunDirectoryError
-from pretrain.checkpoint.manifest import CorruptCheckpointError
+from pretrain.checkpoint.manifest import CheckpointSaveError, CorruptCheckpointError
 from pretrain.config.violation import InvalidConfigError
 
 # Torch tells by words what it has no class for. Each is of its source: allocators, CUDA's, NCCL's and gloo's messages.
@@ -36,6 +36,10 @@ _LOST_PEER = re.compile(
 )
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM_ELSEWHERE = re.compile(rf"\[Errno ({'|'.join(map(str, _NO_ROOM))})\]")
+
+
 def exit_code_of(error: BaseException) -> ExitCode:
     """Exit code for a failure; ``ValueError`` is by convention the user's to mend.
 
@@ -51,6 +55,8 @@ def exit_code_of(error: BaseException) -> ExitCode:
         return ExitCode.RUN_DIRECTORY_REFUSED
     if isinstance(error, DamagedDataError | FetchError):
         return ExitCode.DATA_FAULT
+    if _finds_no_room(error):
+        return ExitCode.RUN_DIRECTORY_REFUSED
     if isinstance(error, ValueError):
         return ExitCode.INVALID_INPUT
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
@@ -66,6 +72,18 @@ def exit_code_of(error: BaseException) -> ExitCode:
             if pattern.search(str(error)):
                 return code
     return ExitCode.FAILED
+
+
+def _finds_no_room(error: BaseException) -> bool:
+    """Whether a disk takes no more files, of this rank or of one that a checkpoint was to be saved with."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
+            return True
+        if isinstance(seen, CheckpointSaveError) and _NO_ROOM_ELSEWHERE.search(str(seen)):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -106,7 +124,7 @@ def guarded(action: Callable[[], int]) -> int:
         print(f"{prefix}{error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in _NO_ROOM:
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}; make room, then try again", file=sys.stderr)
         return ExitCode.FAILED

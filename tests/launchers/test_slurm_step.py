@@ -227,15 +227,16 @@ def test_any_node_that_is_dead_explains_a_vanished_supervisor(monkeypatch: pytes
         (["n2"], ExitClass.NODE_FAILURE, "n2"),
     ):
         monkeypatch.setattr("launchers.slurm.backend.dead_nodes", lambda nodes, slurm, dead=dead: dead)
-        verdict = backend.vanished(started)
+        verdict = backend.vanished(started, last_sign=2000.0)
         assert (verdict.exit_class, verdict.node) == (expected, node)
-    # The node is back, by a slurmd that is younger than the attempt.
+    # A node is back, by a slurmd that is younger than the last sign of life: none is left out for it.
     monkeypatch.setattr("launchers.slurm.backend.dead_nodes", lambda nodes, slurm: [])
-    for begun, expected, node in ((999.0, ExitClass.PREEMPTED, None), (1001.0, ExitClass.NODE_FAILURE, "n2")):
+    for begun, expected in ((1500.0, ExitClass.PREEMPTED), (2001.0, ExitClass.NODE_FAILURE)):
         again = NodeInfo("n2", frozenset({"IDLE"}), "", "n2", "n2", 8, 1000, "", slurmd_start=begun)
         monkeypatch.setattr(slurm, "nodes", lambda names, again=again: {"n2": again})
-        verdict = backend.vanished(started)
-        assert (verdict.exit_class, verdict.node) == (expected, node)
+        verdict = backend.vanished(started, last_sign=2000.0)
+        assert (verdict.exit_class, verdict.node) == (expected, None)
+        assert ("n2" in verdict.reason) == (expected == ExitClass.NODE_FAILURE)
 
 
 class Silent:

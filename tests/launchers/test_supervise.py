@@ -132,7 +132,10 @@ def test_what_a_rank_says_of_its_end_is_the_reason(run: RunDir) -> None:
     from launchers.run_dir import RunDir
     run = RunDir.open(RUN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (RUN / f"ready{RANK}").touch()
     if RANK == 0:
+        while not (RUN / "ready1").exists():
+            time.sleep(0.01)
         write_end_record(run, ATTEMPT, 0, 1, "crash", "RuntimeError: Connection closed by peer", consequence=True)
         sys.exit(1)
     while not run.end_record_path(ATTEMPT, 0).exists():

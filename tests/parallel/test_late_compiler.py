@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import weakref
 from typing import Any
 
 import pytest
@@ -98,6 +99,8 @@ def test_what_is_compiled_is_compiled_at_its_first_call(monkeypatch: pytest.Monk
     compiled: list[tuple[str, dict[str, Any]]] = []
 
     def compile_now(model: Any, **options: Any) -> Any:
+        if options.get("mode") == "impossible":
+            raise RuntimeError("no compiler here")
         compiled.append((model.__name__, options))
         return lambda *args: ("compiled", model(*args))
 
@@ -109,7 +112,17 @@ def test_what_is_compiled_is_compiled_at_its_first_call(monkeypatch: pytest.Monk
             return 2 * x
 
         triple = torch.compile(lambda x: 3 * x)
+        # What Megatron-Core and DeepSpeed do where there is no compiler is to take the function as it is.
+        plain = torch.compile(lambda x: 5 * x, mode="impossible")
     assert torch.compile is compile_now
     assert compiled == []
     assert [double(2), double(3), triple(1)] == [("compiled", 4), ("compiled", 6), ("compiled", 3)]
     assert compiled == [("double", {"dynamic": True}), ("<lambda>", {})]
+    assert plain(2) == 10
+
+
+def test_an_optimizer_that_is_no_longer_used_is_freed_at_once() -> None:
+    optimizer = build_optimizer(nn.Linear(3, 3), OptimizerConfig())
+    seen = weakref.ref(optimizer)
+    del optimizer
+    assert seen() is None

@@ -27,6 +27,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def test_a_run_root_that_is_read_only_is_refused_before_anything_is_queued(
+    slurm: SlurmCluster, data_path: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    result = slurm.pretrain(
+        "run", *small_run(data_path), "launcher=slurm", "cluster.partition=low", f"run.root={small_disk}/runs",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "read-only" in (result.stdout + result.stderr).lower()
+    assert "Traceback" not in result.stderr
+    assert slurm.run("squeue", "-h") == ""
+
+
 def test_run_on_a_disk_that_fills_up(slurm: SlurmCluster, data_path: Path, small_disk: Path, tmp_path: Path) -> None:
     run = SlurmRun(
         slurm, small_disk / "run", *small_run(data_path), "train.steps=2000", "train.micro_batch_size=1",

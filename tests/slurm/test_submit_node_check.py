@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launchers.slurm.node_check import Registry, judge
+from launchers.slurm.node_check import OF_CONTAINERS, Registry, judge
 from launchers.slurm.node_task import VARIABLE
 from launchers.slurm.nodes import run_on_nodes
 
@@ -133,6 +133,13 @@ def test_check_does_not_keep_a_run_that_is_to_stop(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     result = run_on_nodes(7, ["a", "b"], ["true"], timeout_s=500.0, stopped=lambda: True)
     assert (result.output, result.silent, result.timed_out) == ({"a": "here\n"}, ("b",), True)
+
+
+def test_check_runs_in_the_container_but_sees_the_whole_node() -> None:
+    """Its one task on each node must not be given the share of one rank."""
+    of_containers = ["--container-image=site/pretrain:1", "--no-container-mount-home", "--environment=site"]
+    of_ranks = ["--gpus-per-task=1", "--gpu-bind=single:1", "--mem-per-cpu=2G", "--cpu-bind=cores", "--mpi=pmix"]
+    assert [each for each in of_containers + of_ranks if OF_CONTAINERS.match(each)] == of_containers
 
 
 @pytest.mark.parametrize("interface", ["nosuch0"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,10 @@ from pretrain.training.loop import DataEndError, DataFailureError, DataUnavailab
         (ValueError("wrong"), ExitCode.INVALID_INPUT),
         (RunDirectoryError("held"), ExitCode.RUN_DIRECTORY_REFUSED),
         (FencedError("lost"), ExitCode.RUN_DIRECTORY_REFUSED),
-        (CheckpointSaveError("disk full"), ExitCode.FAILED),
+        (CheckpointSaveError("a gap"), ExitCode.FAILED),
+        (CheckpointSaveError("rank 1: OSError: [Errno 28] No space left on device"), ExitCode.RUN_DIRECTORY_REFUSED),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), ExitCode.RUN_DIRECTORY_REFUSED),
+        (OSError(errno.EIO, "Input/output error"), ExitCode.FAILED),
         (KeyError("bug"), ExitCode.FAILED),
         (NonFiniteError("step 3"), ExitCode.NONFINITE),
         (DataFailureError("bit flip"), ExitCode.DATA_FAULT),
