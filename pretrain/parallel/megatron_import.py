@@ -12,8 +12,6 @@ import logging
 import os
 import warnings
 
-from pretrain.parallel.late_compiler import compiled_at_first_call
-
 KNOWN_VERSIONS = ("0.16.1",)
 """Versions whose internals (optimizer state, and on CPU the places that name ``cuda``) were read and tested."""
 
@@ -72,6 +70,8 @@ def import_megatron(device_type: str) -> None:
         MegatronVersionError: see :func:`check_version`.
     """
     check_version()
+    from pretrain.parallel.late_compiler import compiled_at_first_call  # here: the check of a version loads no torch
+
     if device_type == "cuda":
         prepare_environment()
     logging.getLogger("megatron").setLevel(logging.WARNING)

@@ -44,10 +44,10 @@ def test_a_run_root_that_is_read_only_is_refused_before_anything_is_queued(
 def test_run_on_a_disk_that_fills_up(slurm: SlurmCluster, data_path: Path, small_disk: Path, tmp_path: Path) -> None:
     run = SlurmRun(
         slurm, small_disk / "run", *small_run(data_path), "train.steps=2000", "train.micro_batch_size=1",
-        "train.checkpoint_interval=20", "train.async_checkpoints=false", "train.eval_interval=0",
+        "train.checkpoint_interval=5", "train.async_checkpoints=false", "train.eval_interval=0",
         "launcher.node_check=false", "launcher.max_restarts=1", *faulty(pace_s=0.1), nodes=1,
     )  # fmt: skip
-    run.wait_for_step(21, timeout=240)
+    run.wait_for_step(6, timeout=240)
     filled = subprocess.run(
         ["dd", "if=/dev/zero", f"of={small_disk / 'ballast'}", "bs=4k"], capture_output=True, check=False
     )
