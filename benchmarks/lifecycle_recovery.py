@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from results_file import write_result
 from support.faults import fault, faulty
-from support.slurm_cluster import SlurmCluster
+from support.slurm_cluster import SlurmCluster, wait_until
 from support.slurm_run import SlurmRun
 from support.small_text import prepare_small_text, small_run
 
@@ -79,7 +79,7 @@ class Scene:
         return SlurmRun(
             self.cluster, self.folder / "run", *small_run(self.data), f"train.steps={STEPS}", "train.eval_interval=0",
             "train.micro_batch_size=1", "train.checkpoint_interval=2", "lifecycle.heartbeat_interval_s=1",
-            f"lifecycle.hang_timeout_s={HANG_TIMEOUT_S:g}", *overrides,
+            "train.async_checkpoints=false", f"lifecycle.hang_timeout_s={HANG_TIMEOUT_S:g}", *overrides,
         )  # fmt: skip
 
     def recovery(self, run: SlurmRun, began: float | None = None) -> dict[str, float]:
@@ -146,10 +146,17 @@ def held(act: Callable[[Scene, SlurmRun], None], *overrides: str) -> Callable[[S
 
 def _preempt(scene: Scene, run: SlurmRun) -> None:
     scene.cluster.run("sbatch", "-p", "high", "-N4", "--exclusive", "--wrap=true", cwd=scene.folder)
+    _wait_until_asked(run)
 
 
 def _requeue(scene: Scene, run: SlurmRun) -> None:
     scene.cluster.run("scontrol", "requeue", str(run.job))
+    _wait_until_asked(run)
+
+
+def _wait_until_asked(run: SlurmRun) -> None:
+    """The run would be over before Slurm's signal comes, with steps as short as these."""
+    wait_until(lambda: "asked" in run.describe() or len(run.events("attempt_started")) > 1, "the ranks to be asked", 60)
 
 
 def _kill_node(scene: Scene, run: SlurmRun) -> None:
