@@ -40,6 +40,8 @@ bench: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/demo.py
 	$(BIN)/pretrain data prepare stdlib data/stdlib
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trainer_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/watching_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lifecycle_overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint.py
 

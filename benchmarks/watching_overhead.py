@@ -92,7 +92,6 @@ def _train(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
     )  # fmt: skip
     tree = frozen_for_new_run(tree)
     run = RunDir.create(tree, path=folder / "run")
-    run = getattr(run, "run", run)
     program = [sys.executable, str(Path(__file__).resolve()), "--rank"]
     before = resource.getrusage(resource.RUSAGE_SELF)
     with Lease.acquire(run) as lease:

@@ -30,6 +30,8 @@ HEARTBEAT_INTERVAL_S = 5.0
 STALE_AFTER_S = 120.0
 
 WATCH_S = 3 * HEARTBEAT_INTERVAL_S
+"""How long a stale lease of another machine is watched before it is taken over: a living holder beats twice at least in
+it, whatever the clocks of the two hosts say."""
 
 _ATTEMPT = re.compile(r"^attempt_(\d{4,})$")
 

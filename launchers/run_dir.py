@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import provenance
-from pretrain.config.files import atomic_write_text, exclusive_write_text, fsync_directory
+from pretrain.config.files import atomic_write_text, exclusive_write_text, fsync_directory, way_out
 from pretrain.tracking.run_files import latest_config_file
 
 __all__ = ["RunDir", "RunDirectoryError", "atomic_write_text"]
@@ -371,7 +371,7 @@ class RunDir:
 
 def _no_room(path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
-        f"{path}: cannot be written ({error.strerror}); make room, or choose another path or run.root"
+        f"{path}: cannot be written ({error.strerror}); {way_out(error)}, or choose another path or run.root"
     )
 
 

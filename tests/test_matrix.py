@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations, product
 
 import pytest
-from support.matrix import pairwise
+from support.matrix import pairwise, rotating
 
 CASES = [case for case in product("abcd", (1, 2, 4), (False, True), "xyz") if not (case[0] == "a" and case[2])]
 
@@ -32,3 +32,17 @@ def test_the_choice_follows_the_commit_and_the_command_takes_all(monkeypatch: py
     assert choices[0] == choices[2] != choices[1]
     monkeypatch.setenv("PRETRAIN_FULL_MATRIX", "1")
     assert pairwise(CASES) == CASES
+
+
+def test_each_case_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRETRAIN_FULL_MATRIX", raising=False)
+    cases, seen = [("a",), ("b",), ("c",), ("d",)], set()
+    for seed in range(40):
+        monkeypatch.setenv("PRETRAIN_MATRIX_SEED", str(seed))
+        chosen = rotating(cases, 2, always=[("b",)])
+        assert len(chosen) == 2
+        assert ("b",) in chosen
+        seen |= set(chosen)
+    assert seen == set(cases)
+    monkeypatch.setenv("PRETRAIN_FULL_MATRIX", "1")
+    assert rotating(cases, 2) == cases

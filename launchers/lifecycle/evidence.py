@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from launchers.lifecycle.journal import Entry
 from launchers.lifecycle.ranks import Ranks
 from launchers.run_dir import RunDir
 from pretrain.checkpoint.store import CheckpointStore, checkpoint_step
-from pretrain.config.files import atomic_write_text
+from pretrain.config.files import NO_ROOM, atomic_write_text, way_out
 from pretrain.config.schema import Config
 from pretrain.tracking.metrics_log import recent_records
 
@@ -74,8 +73,8 @@ def _refusal(run: RunDir, number: int) -> str | None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return f"{run.path} takes no more files ({os.strerror(error.errno)}; make room there)"
+        if error.errno in NO_ROOM:
+            return f"{run.path} takes no more files ({os.strerror(error.errno)}; {way_out(error)})"
     return None
 
 

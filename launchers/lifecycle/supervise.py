@@ -31,6 +31,7 @@ from launchers.lifecycle.policy import Decision, Place, Progress, decide
 from launchers.lifecycle.ranks import Ranks
 from launchers.outcome import record_end, record_failure
 from launchers.run_dir import RunDir
+from pretrain.config.files import way_out
 from pretrain.config.launch_schema import Action
 from pretrain.config.schema import Config
 
@@ -320,10 +321,9 @@ class Supervisor:
         try:
             self._write_end(number, verdict, decision, steps)
         except OSError as error:
-            path = self.run.path
             words = f"{self.run.lifecycle_path} cannot be written ({error.strerror or error})"
-            way = f"Make room there, then continue with: pretrain resume {path}"
-            say(f"error: attempt {number} ended ({verdict.exit_class}: {verdict.reason}), but {words}. {way}")
+            way = f"{way_out(error)}, then continue with: pretrain resume {self.run.path}"
+            say(f"error: attempt {number} ended ({verdict.exit_class}: {verdict.reason}), but {words}; {way}")
             if decision.at_once:
                 return Decision("stop", False, (), f"{verdict.reason}; {words}")
         return decision

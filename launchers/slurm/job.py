@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -32,6 +31,7 @@ from launchers.slurm.exclusion import readmit, settle
 from launchers.slurm.start import Allocation, AllocationError
 from launchers.slurm.submit import submit
 from pretrain.config.check import check
+from pretrain.config.files import way_out
 from pretrain.config.launch_schema import SlurmConfig
 from pretrain.config.schema import Config
 
@@ -85,10 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _gave_up(run: RunDir | None, path: Path, error: OSError) -> int:
     """The run directory, or this node, takes no more files: nothing can be supervised, and that is said for later."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = f"{error.filename or path}: {error.strerror or error}"
-    way = "Make room there" if full else "See that this node can read and write there"
-    say(f"error: {what}. {way}, then continue with: pretrain resume {path}")
+    say(f"error: {what}; {way_out(error)}, then continue with: pretrain resume {path}")
     if run is not None:
         with contextlib.suppress(OSError, ValueError):
             holder = current_holder(run)

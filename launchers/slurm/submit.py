@@ -20,7 +20,7 @@ from launchers.lifecycle.journal import Entry, append, last_entry, read_journal
 from launchers.run_dir import RunDir, RunDirectoryError
 from launchers.slurm.commands import JobInfo, Slurm, SlurmError, parse_duration
 from launchers.slurm.script import Template, render, template_path
-from pretrain.config.files import atomic_write_text, exclusive_write_text
+from pretrain.config.files import atomic_write_text, exclusive_write_text, way_out
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
@@ -183,7 +183,7 @@ def submission_lock(run: RunDir) -> Iterator[None]:
         descriptor = os.open(run.path / "slurm" / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RunDirectoryError(
-            f"{run.path / 'slurm'}: cannot be written ({error.strerror}); make room or set its permissions"
+            f"{run.path / 'slurm'}: cannot be written ({error.strerror}); {way_out(error)}"
         ) from error
     try:
         try:
@@ -255,7 +255,7 @@ def _write(run: RunDir, script: Script) -> Path:
         ) from error
     except OSError as error:
         raise RunDirectoryError(
-            f"{folder}: the batch script cannot be written ({error.strerror}); make room or set its permissions"
+            f"{folder}: the batch script cannot be written ({error.strerror}); {way_out(error)}"
         ) from error
     return path
 

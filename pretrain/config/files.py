@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from pathlib import Path
+
+NO_ROOM: dict[int, str] = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or have the quota raised",
+    errno.EROFS: "have the file system mounted for writing",
+}
+"""The errno of a file system that takes no more files, and the way out; trying again is no use before it is taken."""
+
+
+def way_out(error: OSError) -> str:
+    """What a user can do about a file that could not be written, as a clause."""
+    return NO_ROOM.get(error.errno or 0, "see that it can be read and written from here")
 
 
 def fsync_directory(folder: Path) -> None:

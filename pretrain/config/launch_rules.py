@@ -230,21 +230,24 @@ def _interpreter_is_contained(python: str | None, container: str | None, options
         )
 
 
-def _excluded_are_names(names: list[str]) -> Iterator[Violation]:
-    for i, name in enumerate(names):
-        if not re.fullmatch(r"[^\s,\[\]'\"]+", name):
-            yield Violation(
-                f"cluster.exclude[{i}]",
-                name,
-                "the name of one node",
-                "give each node its own entry; `scontrol show hostnames 'n[1-3]'` writes a list out",
-            )
+def _each_matches(path: str, pattern: str, what: str, fix: str) -> Any:
+    def rule(entries: list[str]) -> Iterator[Violation]:
+        for i, entry in enumerate(entries):
+            if not re.fullmatch(pattern, entry):
+                yield Violation(f"{path}[{i}]", entry, what, fix)
+
+    return rule
 
 
-def _modules_are_words(modules: list[str]) -> Iterator[Violation]:
-    for i, module in enumerate(modules):
-        if not re.fullmatch(r"\S+", module):
-            yield Violation(f"cluster.modules[{i}]", module, "the name of one module", "give each module its own entry")
+_excluded_are_names = _each_matches(
+    "cluster.exclude",
+    r"[^\s,\[\]'\"]+",
+    "the name of one node",
+    "give each node its own entry; `scontrol show hostnames 'n[1-3]'` writes a list out",
+)
+_modules_are_words = _each_matches(
+    "cluster.modules", r"\S+", "the name of one module", "give each module its own entry"
+)
 
 
 LAUNCH_RULES: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (

@@ -64,7 +64,12 @@ def optimizer_of(groups: Iterable[dict[str, Any]], config: OptimizerChoice) -> t
         # Of this object alone: DeepSpeed knows AdamW by its very class.
         step = torch.optim.Optimizer.profile_hook_step(step_without_compiler(torch.optim.AdamW))
         itself = weakref.ref(optimizer)  # no circle: its state goes when it goes
-        optimizer.step = lambda *args, **kwargs: step(itself(), *args, **kwargs)  # type: ignore[method-assign]
+
+        def own_step(*args: Any, **kwargs: Any) -> Any:
+            return step(itself(), *args, **kwargs)
+
+        own_step.__func__ = step  # type: ignore[attr-defined]  # as a method has it: torch's LRScheduler wraps that
+        optimizer.step = own_step  # type: ignore[method-assign]
         return optimizer
     return MuonAdamW(
         groups,

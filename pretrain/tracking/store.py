@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.files import NO_ROOM
 from pretrain.config.schema import TrackingConfig
 from pretrain.tracking.lock import sender_lock
 from pretrain.tracking.run_files import redact_url
@@ -40,7 +41,7 @@ _LASTING = (
     "RESOURCE_DOES_NOT_EXIST",
     "NOT_IMPLEMENTED",
 )
-_LASTING_ERRNO = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+_LASTING_ERRNO = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, *NO_ROOM)
 _ours: dict[str, str] = {}
 _opening = threading.Lock()
 

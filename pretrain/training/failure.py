@@ -14,6 +14,7 @@ from launchers.exit_codes import ExitCode
 from launchers.lease import FencedError
 from launchers.run_dir import RunDir, RunDirectoryError
 from pretrain.checkpoint.manifest import CheckpointSaveError, CorruptCheckpointError
+from pretrain.config.files import NO_ROOM, way_out
 from pretrain.config.violation import InvalidConfigError
 
 # Torch tells by words what it has no class for. Each is of its source: allocators, CUDA's, NCCL's and gloo's messages.
@@ -36,8 +37,7 @@ _LOST_PEER = re.compile(
 )
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_NO_ROOM_ELSEWHERE = re.compile(rf"\[Errno ({'|'.join(map(str, _NO_ROOM))})\]")
+_NO_ROOM_ELSEWHERE = re.compile(rf"\[Errno ({'|'.join(map(str, NO_ROOM))})\]")
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
@@ -78,7 +78,7 @@ def _finds_no_room(error: BaseException) -> bool:
     """Whether a disk takes no more files, of this rank or of one that a checkpoint was to be saved with."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
+        if isinstance(seen, OSError) and seen.errno in NO_ROOM:
             return True
         if isinstance(seen, CheckpointSaveError) and _NO_ROOM_ELSEWHERE.search(str(seen)):
             return True
@@ -124,7 +124,8 @@ def guarded(action: Callable[[], int]) -> int:
         print(f"{prefix}{error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room, then try again", file=sys.stderr)
+        what = f"{error.filename or 'a file'}: {error.strerror}"
+        print(f"error: {what}; {way_out(error)}, then try again", file=sys.stderr)
         return ExitCode.FAILED

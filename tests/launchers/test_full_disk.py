@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import pytest
 
 from launchers.lease import Lease, LeaseHeldError
-from launchers.lifecycle import journal
+from launchers.lifecycle import evidence, journal
 from launchers.lifecycle.supervise import Supervisor
 from launchers.local import LocalBackend
 from launchers.run_dir import RunDir, RunDirectoryError
@@ -128,7 +128,7 @@ def test_end_that_cannot_be_journalled_is_told_in_one_message(
     # No further attempt: it would find no room either.
     assert (outcome.code, outcome.decision.action, outcome.decision.at_once) == (1, "stop", False)
     said = capsys.readouterr().err
-    assert said.count("Make room there, then continue with: pretrain resume") == 1
+    assert said.count("; make room there, then continue with: pretrain resume") == 1
     assert "attempt 1 ended (user_error: " in said
     assert "takes no more files (No space left on device; make room there): rank 0" in said
 
@@ -155,7 +155,7 @@ def test_supervisor_that_cannot_go_on_says_why_and_the_next_start_knows(
     monkeypatch.setattr(job, "_supervise", supervise)
     assert job.main([str(run.path)]) == 1
     said = capsys.readouterr().err
-    assert f"{run.metrics_path}: No space left on device. Make room there, then continue with: pretrain resume" in said
+    assert f"{run.metrics_path}: No space left on device; make room there, then continue with: pretrain resume" in said
     assert "Traceback" not in said
     entry = journal.read_journal(run)[-1]
     assert (entry["event"], entry["job"]) == ("gave_up", 7)
@@ -183,6 +183,33 @@ def test_lease_that_cannot_be_given_back_is_no_fault(run: RunDir, monkeypatch: p
         assert second.attempt == 2
 
 
-def test_command_on_a_full_disk_has_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guarded(lambda: full(Path("/runs/x"))) == 1
-    assert capsys.readouterr().err == "error: /runs/x: No space left on device; make room, then try again\n"
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; make room there"),
+        (errno.EDQUOT, "Disk quota exceeded; make room there, or have the quota raised"),
+        (errno.EROFS, "Read-only file system; have the file system mounted for writing"),
+    ],
+)
+def test_each_lack_of_room_has_its_way_out(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, words: str
+) -> None:
+    def refuse(path: Path, *_: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number), str(path))
+
+    assert guarded(lambda: refuse(Path("/runs/x"))) == 1
+    assert capsys.readouterr().err == f"error: /runs/x: {words}, then try again\n"
+    assert job._gave_up(None, run.path, OSError(number, os.strerror(number), "/runs/x")) == 1
+    assert f"error: /runs/x: {words}, then continue with: pretrain resume {run.path}" in capsys.readouterr().err
+    monkeypatch.setattr(evidence, "atomic_write_text", refuse)
+    assert evidence._refusal(run, 1) == f"{run.path} takes no more files ({words})"
+
+
+def test_a_fault_of_the_file_system_is_no_lack_of_room(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, *_: Any) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(evidence, "atomic_write_text", fail)
+    assert evidence._refusal(run, 1) is None
+    with pytest.raises(OSError, match="Input/output error"):
+        guarded(lambda: fail(Path("/runs/x")))

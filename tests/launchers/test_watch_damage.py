@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +140,30 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "files that cannot be read in demo" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_without_permission_are_named(tmp_path: Path) -> None:
-    run = rich_run(tmp_path / "demo")
-    run.run.lifecycle_path.chmod(0)
-    assert any("lifecycle.jsonl: Permission denied" in fault for fault in summarise(run.path).faults)
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """As a user to whom permissions apply: root may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_files_without_permission_are_named() -> None:
+    # Not tmp_path: no other user may enter that.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        run = rich_run(Path(folder) / "demo")
+        assert summarise(run.path).faults == ()  # and all is imported that another user may not read
+        run.run.lifecycle_path.chmod(0)
+        with as_nobody():
+            faults = summarise(run.path).faults
+    assert [fault for fault in faults if "Permission denied" in fault] == list(faults)
+    assert any("lifecycle.jsonl: Permission denied" in fault for fault in faults)
 
 
 def test_a_torn_last_line_hides_nothing_before_it(tmp_path: Path) -> None:

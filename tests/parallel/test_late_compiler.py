@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import warnings
 import weakref
 from typing import Any
 
@@ -93,6 +94,30 @@ def test_steps_are_those_of_torch_and_hooks_are_called_once(config: Any) -> None
         if name in stepped:
             assert torch.equal(p, others[name]), name
     assert all(p.requires_grad for p in own.parameters())
+
+
+@pytest.mark.parametrize("config", [OptimizerConfig(), MuonConfig()], ids=["adamw", "muon"])
+def test_schedulers_of_torch_take_the_optimizer(config: Any) -> None:
+    torch.manual_seed(1)
+    scheduled, plain = nn.Linear(4, 4), nn.Linear(4, 4)
+    plain.load_state_dict(scheduled.state_dict())
+    optimizer, reference = build_optimizer(scheduled, config), build_optimizer(plain, config)
+    called: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a scheduler whose optimizer has not been stepped
+        for step in range(3):
+            for group in reference.param_groups:
+                group["lr"] = config.learning_rate / (step + 1)
+            for model, own in ((scheduled, optimizer), (plain, reference)):
+                model.zero_grad()
+                model(torch.ones(2, 4)).square().sum().backward()
+                own.step()
+            scheduler.step()
+    assert called == ["after"] * 3
+    assert torch.equal(scheduled.weight, plain.weight)
+    assert torch.equal(scheduled.bias, plain.bias)
 
 
 def test_what_is_compiled_is_compiled_at_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:

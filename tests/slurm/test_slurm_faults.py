@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 from support.command import Outcome, pretrain
 from support.faults import fault, faulty
-from support.matrix import one_by_one, rotating
-from support.slurm_cluster import SlurmCluster, wait_until
+from support.matrix import rotating
+from support.slurm_cluster import SlurmCluster
 from support.slurm_run import SlurmRun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@one_by_one
+# Each of these alone, in turn; one run that meets all of them is in test_slurm_gauntlet.py.
 @pytest.mark.parametrize(
     ("kind", "exit_class", "action"),
-    [("kill", "killed", "restart"), ("raise", "crash", "restart"), ("host_memory", "host_memory", "requeue")],
+    rotating(
+        [("kill", "killed", "restart"), ("raise", "crash", "restart"), ("host_memory", "host_memory", "requeue")], 1
+    ),
 )
 def test_a_rank_that_dies(
     slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, kind: str, exit_class: str, action: str
@@ -36,8 +38,7 @@ def test_device_memory_stops_the_run(slurm: SlurmCluster, tiny: list[str], tmp_p
     assert "train.micro_batch_size" in run.events("attempt_ended")[0]["reason"]
 
 
-@one_by_one
-@pytest.mark.parametrize("kind", ["spin", "lonely_collective"])
+@pytest.mark.parametrize("kind", [kind for (kind,) in rotating([("spin",), ("lonely_collective",)], 1)])
 def test_a_rank_that_hangs(slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, kind: str) -> None:
     run = SlurmRun(
         slurm, tmp_path / "run", *tiny, "lifecycle.hang_timeout_s=8",
@@ -61,12 +62,12 @@ def test_not_a_number_stops_by_default(slurm: SlurmCluster, tiny: list[str], tmp
     assert max(run.outcome.losses()) == 4
 
 
-@pytest.mark.parametrize("policy", rotating([("skip",), ("rollback",)], 1))
+@pytest.mark.parametrize("policy", [policy for (policy,) in rotating([("skip",), ("rollback",)], 1)])
 def test_not_a_number_is_passed_over(
-    slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, policy: tuple[str]
+    slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path, policy: str
 ) -> None:
     bad = faulty(fault("not_a_number", 5, rank=1))
-    run = SlurmRun(slurm, tmp_path / "run", *tiny, *bad, f"health.on_nonfinite={policy[0]}")
+    run = SlurmRun(slurm, tmp_path / "run", *tiny, *bad, f"health.on_nonfinite={policy}")
     assert run.wait() == [("finished", "stop")]
     losses = run.outcome.losses()
     assert {step: losses[step] for step in range(1, 5)} == {step: undisturbed[step] for step in range(1, 5)}
@@ -78,29 +79,12 @@ def test_not_a_number_is_passed_over(
         path,
         *tiny,
         *bad,
-        f"health.on_nonfinite={policy[0]}",
+        f"health.on_nonfinite={policy}",
         "launcher.num_processes=2",
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert str(losses) == str(Outcome(path).losses())  # as text: a skipped step's loss is not a number
-
-
-@one_by_one
-def test_preemption_by_a_job_of_higher_priority(
-    slurm: SlurmCluster, tiny: list[str], undisturbed: dict, tmp_path: Path
-) -> None:
-    gate, held = tmp_path / "gate", fault("hold", 5, until=tmp_path / "gate")
-    run = SlurmRun(slurm, tmp_path / "run", *tiny, *faulty(held))
-    run.wait_for_step(4)
-    urgent = int(slurm.run("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--wrap=true", cwd=tmp_path))
-    wait_until(lambda: "asked" in run.describe(), "the ranks to be asked to stop", 30)
-    gate.touch()
-    slurm.wait_for_job(urgent, "COMPLETED", timeout=60)
-    assert run.wait() == [("preempted", "requeue"), ("finished", "stop")]
-    assert run.outcome.losses() == undisturbed
-    assert run.events("attempt_ended")[0]["saved_step"] == 5  # the step under way was finished, nothing is lost
-    assert len(run.events("submitted")) == 1  # the same job came back
 
 
 def test_two_by_two_equals_four_local_processes(slurm: SlurmCluster, tiny: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One run that meets one fault after the other on a real Slurm, and still ends where the undisturbed run ends.
 
-Each fault alone is in test_slurm_faults.py; together they need half the starts of processes.
+Each fault alone is in test_slurm_faults.py and test_slurm_nodes.py, in turns; together they need half the starts of
+processes.
 """
 
 from __future__ import annotations

@@ -14,14 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
-
 Case = TypeVar("Case", bound=tuple[Any, ...])
-
-one_by_one = pytest.mark.skipif(
-    os.environ.get("PRETRAIN_FULL_MATRIX") != "1",
-    reason="a run meets these faults one after the other in test_slurm_gauntlet.py; each alone: PRETRAIN_FULL_MATRIX=1",
-)
 
 
 def pairwise(cases: Sequence[Case], always: Sequence[Case] = ()) -> list[Case]:

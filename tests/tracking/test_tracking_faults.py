@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import pretrain
 from support.mlflow_server import server
 from support.records import write_steps
 from support.tcp_proxy import TcpProxy, free_port
@@ -243,6 +244,30 @@ def test_a_rank_ends_though_the_server_never_answers(proxy: TcpProxy, tmp_path: 
         if rank.poll() is None:
             os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
+
+
+def test_a_run_ends_normally_at_a_server_that_takes_30_s_for_each_answer(server_port: int, tmp_path: Path) -> None:
+    path = tmp_path / "slow_answers"
+    with TcpProxy(server_port, delay_s=30) as proxy:
+        proxy.listen()
+        done = pretrain(
+            "run", "--run-dir", path, "experiment=induction", "tracking=mlflow", f"tracking.uri={proxy.uri}",
+            f"tracking.experiment={path.name}", "tracking.flush_interval_s=0.05", "tracking.close_timeout_s=0.5",
+            "tracking.system_metrics_interval_s=0", "train.steps=10", "train.global_batch_size=4",
+            "train.micro_batch_size=4", "train.log_interval=1", "train.eval_interval=5", "train.eval_samples=4",
+            "train.final_eval=false", "optimizer.schedule.warmup_steps=2",
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        assert read_records(path / "metrics.jsonl")[-1]["status"] == "finished"
+        assert f"pretrain tracking sync {path}" in said
+        # Asked, and not waited for: the run would be known there after its fourth answer.
+        assert proxy.requests
+        assert json.loads((path / "mlflow.json").read_text())["run_id"] is None
+        proxy.delay_s = 0.0
+        done = pretrain("tracking", "sync", path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert assert_arrived(proxy.uri, path).info.status == "FINISHED"
 
 
 def test_a_run_queued_again_is_scheduled_and_keeps_its_id(proxy: TcpProxy, tmp_path: Path, write_run: WriteRun) -> None:
