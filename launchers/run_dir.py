@@ -102,6 +102,11 @@ class RunDir:
         return self.path / "system" / f"attempt_{attempt:04d}" / f"node_{node:05d}.jsonl"
 
     @property
+    def offload_path(self) -> Path:
+        """Folder of timelines of offloaded optimizer state, ``step_N_rank_R.json`` and ``.png``."""
+        return self.path / "offload"
+
+    @property
     def health_path(self) -> Path:
         """Steps whose numbers were bad, a file per step (:mod:`pretrain.training.health_records`)."""
         return self.path / "health"

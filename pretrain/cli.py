@@ -25,6 +25,7 @@ VERBS = {
     "cancel": Verb("pretrain.commands.cancel", "save and stop a run, or take it out of the queue"),
     "data": Verb("data_pipeline.cli", "prepare, inspect and verify data sets"),
     "config": Verb("pretrain.commands.config", "show or check a configuration without running it"),
+    "offload": Verb("pretrain.commands.offload", "plan the offload of optimizer state; measure rates; CPU kernel"),
     "model": Verb("pretrain.commands.model", "describe a model: layers, parameters, FLOPs and memory"),
     "generate": Verb("pretrain.commands.generate", "complete a prompt with a checkpoint of a run"),
     "import": Verb("pretrain.commands.import_", "take over a model in Hugging Face's format"),

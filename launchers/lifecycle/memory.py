@@ -6,6 +6,8 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.parallel.control_groups import memory_groups
+
 
 @dataclass(frozen=True)
 class OomKills:
@@ -30,12 +32,6 @@ def oom_kills(root: Path = Path("/")) -> OomKills | None:
 
 
 def _event_files(root: Path) -> list[Path]:
-    files = []
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            number, controllers, group = line.split(":", 2)
-            if number == "0":  # control groups version 2
-                files.append(root / "sys/fs/cgroup" / group.lstrip("/") / "memory.events")
-            elif "memory" in controllers.split(","):
-                files.append(root / "sys/fs/cgroup/memory" / group.lstrip("/") / "memory.oom_control")
+    names = {1: "memory.oom_control", 2: "memory.events"}
+    files = [group.folder / names[group.version] for group in memory_groups(root)]
     return [*files, root / "sys/fs/cgroup/memory.events", root / "proc/vmstat"]

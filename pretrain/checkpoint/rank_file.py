@@ -64,10 +64,8 @@ class Piece:
 
     @classmethod
     def of(cls, fragment: Fragment, file: str) -> Piece:
-        values, start = fragment.values, fragment.start
-        assert values.ndim == 1, f"{fragment.name}: values of a fragment are 1-D, found shape {tuple(values.shape)}"
-        entry = FragmentEntry.of(file, start, start + values.numel(), fragment.shard)
-        return cls(tensor_key(fragment.slot, fragment.name), fragment.shape, DTYPE_NAMES[values.dtype], entry)
+        entry = FragmentEntry.of(file, fragment.start, fragment.start + fragment.numel, fragment.shard)
+        return cls(tensor_key(fragment.slot, fragment.name), fragment.shape, DTYPE_NAMES[fragment.dtype], entry)
 
     @property
     def stored(self) -> StoredTensor:
@@ -177,7 +175,7 @@ class Snapshot:
 
 def _not_empty(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
     # A rank whose flat partition ends at a tensor's edge may export a piece without elements.
-    return (fragment for fragment in fragments if fragment.values.numel() or not prod(fragment.shape))
+    return (fragment for fragment in fragments if fragment.numel or not prod(fragment.shape))
 
 
 def _cut(source: Tensor, used: int) -> Iterator[Tensor]:

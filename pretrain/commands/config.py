@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import Config, EngineConfig
+    from pretrain.config.schema import Config, EngineConfig, OptimizerChoice
 
 INVALID = 2
 
@@ -124,9 +124,20 @@ def _summary(config: Config, targets: dict[str, str]) -> str:
         f" {train.precision}",
         f"  {'engine':<10} {_engine_line(config.engine, data_parallel)}",
         f"  {'optimizer':<10} {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g},"
-        f" {config.optimizer.schedule.kind} after {config.optimizer.schedule.warmup_steps} warm-up steps",
+        f" {config.optimizer.schedule.kind} after {config.optimizer.schedule.warmup_steps} warm-up steps"
+        + _offload_words(config.optimizer),
     ]
     return "\n".join(lines)
+
+
+def _offload_words(optimizer: OptimizerChoice) -> str:
+    from pretrain.config.schema import OptimizerConfig
+
+    if not isinstance(optimizer, OptimizerConfig) or not optimizer.offload.enabled:
+        return ""
+    shares = {"updated on the device": optimizer.offload.fraction, "resident": optimizer.offload.resident_fraction}
+    shown = ", ".join(f"{what} {share if isinstance(share, str) else f'{share:g}'}" for what, share in shares.items())
+    return f", state offloaded ({shown})"
 
 
 def _engine_line(engine: EngineConfig, data_parallel: int) -> str:

@@ -10,7 +10,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from pretrain.config.components import ForeignComponent
-from pretrain.config.schema import Config, DeepSpeedConfig, EngineConfig, MegatronConfig, TrainConfig
+from pretrain.config.schema import (
+    Config,
+    DeepSpeedConfig,
+    EngineConfig,
+    MegatronConfig,
+    OffloadConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from pretrain.config.violation import Violation
 
 LAYOUT: Final = ("engine.tensor_parallel", "engine.pipeline_parallel")
@@ -180,9 +188,10 @@ def _sampling_has_a_whole_model(
         )
 
 
-def _own_settings_fit(engine: EngineConfig, train: TrainConfig) -> Iterable[Violation]:
+def _own_settings_fit(engine: EngineConfig, train: TrainConfig, offload: OffloadConfig | None) -> Iterable[Violation]:
     if isinstance(engine, DeepSpeedConfig):
-        return _named("pretrain.engines.deepspeed_settings", "deepspeed_violations")(Config(train=train, engine=engine))
+        config = Config(train=train, engine=engine, optimizer=OptimizerConfig(offload=offload or OffloadConfig()))
+        return _named("pretrain.engines.deepspeed_settings", "deepspeed_violations")(config)
     assert isinstance(engine, MegatronConfig)
     return [*_version_fits(engine), *_named("pretrain.engines.megatron_settings", "megatron_violations")(engine)]
 
@@ -230,6 +239,6 @@ ENGINE_RULES: Final[tuple[tuple[tuple[str, ...], Any], ...]] = (
         _gather_overlap_has_its_parts,
     ),
     (("train.sample_interval", *LAYOUT, "engine.overlap_param_gather?"), _sampling_has_a_whole_model),
-    (("engine", "train"), _own_settings_fit),
+    (("engine", "train", "optimizer.offload?"), _own_settings_fit),
 )
 """(paths of the values a rule takes, the rule); a path that ends in ``?`` may be absent and is None then."""

@@ -182,6 +182,11 @@ def _extend_one(tree: dict[str, Any], override: Override, extendable: list[str])
     value = override.value()
     if isinstance(value, str) and ("${" in value or value == MISSING_VALUE):
         return _interpolation_fault(key, value)
+    node = tree
+    for parent in parents:  # a node that came into the schema after the run was frozen is not there yet
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            return None  # the check that follows reports what stands there
     node[name] = value
     return None
 

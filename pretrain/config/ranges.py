@@ -36,6 +36,7 @@ POSITIVE_COUNT: Final = Range(low=1)
 COUNT: Final = Range(low=0)
 POSITIVE: Final = Range(low=0, is_low_open=True)
 BETA: Final = Range(low=0, high=1, is_high_open=True)
+SHARE: Final = Range(low=0, high=1)
 
 RANGES: Final[dict[str, Range]] = {
     "run.seed": COUNT,
@@ -61,7 +62,14 @@ RANGES: Final[dict[str, Range]] = {
     "optimizer.weight_decay": COUNT,
     "optimizer.schedule.warmup_steps": COUNT,
     "optimizer.schedule.horizon": POSITIVE_COUNT,
-    "optimizer.schedule.final_ratio": Range(low=0, high=1),
+    "optimizer.schedule.final_ratio": SHARE,
+    "optimizer.offload.fraction": SHARE,
+    "optimizer.offload.resident_fraction": SHARE,
+    "optimizer.offload.subgroup_size": POSITIVE_COUNT,
+    "optimizer.offload.host_memory_gib": POSITIVE,
+    "optimizer.offload.cpu_threads": POSITIVE_COUNT,
+    "optimizer.offload.replan_interval": COUNT,
+    "optimizer.offload.timeline_interval": COUNT,
     "engine.reduce_bucket_size": POSITIVE_COUNT,
     "engine.allgather_bucket_size": POSITIVE_COUNT,
     "engine.prefetch_bucket_size": COUNT,
@@ -98,5 +106,6 @@ def out_of_range(sound: Mapping[str, Any]) -> Iterator[Violation]:
     """A violation for each number outside its range; ``sound`` maps paths to typed values."""
     for path, allowed in RANGES.items():
         value = sound.get(path)
-        if value is not None and not allowed.holds(value):
+        # A word that stands for a number, such as auto, has passed its type check.
+        if value is not None and not isinstance(value, str) and not allowed.holds(value):
             yield Violation(path, value, f"must be {allowed}", f"give a number {allowed}")

@@ -15,13 +15,14 @@ from typing import Any, Final
 from pretrain.config.components import COMPONENT_FIELDS, component_attribute
 from pretrain.config.engine_rules import ENGINE_RULES, LAYOUT
 from pretrain.config.launch_rules import LAUNCH_RULES
+from pretrain.config.offload_rules import OFFLOAD_RULES
 from pretrain.config.ranges import out_of_range
 from pretrain.config.schema import EngineConfig, TrainConfig
 from pretrain.config.typecheck import dataclass_specs, tagged_members
 from pretrain.config.violation import Violation
 
 Rule = Callable[..., Iterator[Violation]]
-CROSS_FIELD_RULES: list[tuple[tuple[str, ...], Rule]] = [*ENGINE_RULES, *LAUNCH_RULES]
+CROSS_FIELD_RULES: list[tuple[tuple[str, ...], Rule]] = [*ENGINE_RULES, *OFFLOAD_RULES, *LAUNCH_RULES]
 
 
 def run_rules(sound: Mapping[str, Any]) -> list[Violation]:

@@ -5,8 +5,8 @@ class with ``_target_`` and the rest are its fields, so a class from outside thi
 way as ours (see :mod:`pretrain.config.components`).
 
 A field is *extendable* when its metadata says so: only such fields may change when a run is continued. They are the
-length of the run, intervals, logging, and the layout (processes, micro-batch, ZeRO stage), on which results do not
-depend beyond floating-point rounding.
+length of the run, intervals, logging, and the layout (processes, micro-batch, ZeRO stage, where optimizer state lies),
+on which results do not depend beyond floating-point rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pretrain.config.launch_schema import (
     LifecycleConfig,
     LocalConfig,
 )
+from pretrain.config.typecheck import ONLY_HERE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,32 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """Where the optimizer's state lives and where it is updated: never what the update computes.
+
+    With ``enabled``, master weights and moments lie in host memory, cut into subgroups of ``subgroup_size`` elements.
+    ``resident_fraction`` is the share of all elements whose state stays on the device; of the others, the share
+    ``fraction`` is moved to the device and updated there, the rest is updated by the CPU. ``auto`` is computed from
+    measured constants (without a device, 0). ``host_memory_gib`` limits each rank (GiB; None: what is free).
+    ``master`` ``low_bits`` keeps the low 16 bits of the master weights only: bf16 weights hold the others.
+    ``overlap`` moves state during the last backward pass and back during the next forward pass. ``cpu_threads`` update
+    on the CPU (None: those of the process). Every ``replan_interval`` steps the constants are looked at again, every
+    ``timeline_interval`` steps a timeline is written (0: never).
+    """
+
+    enabled: bool = field(default=False, metadata=EXTENDABLE)
+    fraction: Literal["auto"] | float = field(default="auto", metadata=EXTENDABLE)
+    resident_fraction: Literal["auto"] | float = field(default=0.0, metadata=EXTENDABLE)
+    subgroup_size: int = field(default=100_000_000, metadata=EXTENDABLE)
+    host_memory_gib: float | None = field(default=None, metadata=EXTENDABLE)
+    master: Literal["full", "low_bits"] = field(default="full", metadata=EXTENDABLE)
+    overlap: bool = field(default=True, metadata=EXTENDABLE)
+    cpu_threads: int | None = field(default=None, metadata=EXTENDABLE)
+    replan_interval: int = field(default=100, metadata=EXTENDABLE)
+    timeline_interval: int = field(default=0, metadata=EXTENDABLE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101). ``learning_rate`` is the peak of ``schedule``."""
 
@@ -102,6 +129,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    offload: OffloadConfig = field(
+        default_factory=OffloadConfig,
+        metadata={ONLY_HERE: "AdamW works element by element, Muon on whole matrices, so its state cannot be cut up"},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,9 @@ MISSING_VALUE: Final = "???"
 TAG: Final = "name"
 """The field by whose value the members of a union of dataclasses are told apart."""
 
+ONLY_HERE: Final = "only_here"
+"""Metadata of a field: why only this member of a union has it, for those who ask another member for it."""
+
 UNSOUND: Final = object()
 """Stands for a value that did not pass; nothing may be concluded from it."""
 
@@ -268,8 +271,10 @@ def _check_tagged(
 
     def owner(key: str) -> str | None:
         for other, member in members.items():
-            if key in (spec.name for spec in dataclass_specs(member)):
-                return f"{key} belongs to {path} {other}; remove it here, or choose {path}={other}"
+            for f in dataclasses.fields(member):
+                if f.init and f.name == key:
+                    why = f" ({f.metadata[ONLY_HERE]})" if ONLY_HERE in f.metadata else ""
+                    return f"{key} belongs to {path} {other}{why}; remove it here, or choose {path}={other}"
         return None
 
     return _check_dataclass(value, members[tag], path, report, owner)

@@ -25,8 +25,9 @@ class Clock:
         self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        if self._cuda:
-            torch.cuda.synchronize()
+        if not isinstance(last := self._marks[-1][1], float):
+            # Of the model's own stream only: what others still move goes on during the next step.
+            last.synchronize()
         totals: dict[str, float] = {}
         for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
             if isinstance(before, float) and isinstance(after, float):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from pretrain.checkpoint.fragment import Fragment
 from pretrain.checkpoint.reader import CheckpointReader
-from pretrain.config.schema import Config, DeepSpeedConfig
+from pretrain.config.schema import Config, DeepSpeedConfig, OffloadConfig, OptimizerConfig
 from pretrain.engines.activation_checkpointing import set_activation_checkpointing
 from pretrain.engines.base import Accept, Batch, EvalResult, LossFunction, StepResult
 from pretrain.engines.buffer_copies import BufferCopies
 from pretrain.engines.clock import Clock
 from pretrain.engines.deepspeed_gate import step_gate
 from pretrain.engines.deepspeed_import import import_deepspeed
+from pretrain.engines.deepspeed_offload import ShardUpdate, offloading_engine
+from pretrain.engines.deepspeed_offload_state import OffloadedDeepSpeedState
 from pretrain.engines.deepspeed_settings import deepspeed_settings
 from pretrain.engines.deepspeed_state import DeepSpeedState
 from pretrain.engines.flat_state import full_precision_values
@@ -53,12 +56,14 @@ class DeepSpeedEngine:
         is_bf16 = config.train.precision == "bf16"
         masters = full_precision_values(model) if is_bf16 else {}
         self._full_precision = FullPrecision(model, device) if is_bf16 else None
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config.optimizer),
-            config=deepspeed_settings(config),
-            dist_init_required=False,
-        )
+        offload = _offload(config)
+        with offloading_engine() if offload is not None else nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, config.optimizer),
+                config=deepspeed_settings(config),
+                dist_init_required=False,
+            )
         self._model: nn.Module = self._engine.module
         self.parts: Sequence[nn.Module] = [self._model]
         self._stage = config.engine.zero_stage
@@ -66,11 +71,17 @@ class DeepSpeedEngine:
         self._clip_norm = config.train.clip_grad_norm
         self.num_parameters = num_parameters
         self._auxiliary = AuxiliaryLosses([self._model], gather_objects)
-        self._state = DeepSpeedState(self._engine, self._stage, self.dp_rank, self.dp_size)
-        self._state.attach_muon(device)
+        layout = (self._engine, self._stage, self.dp_rank, self.dp_size)
+        self.offload: ShardUpdate | None = None
+        if offload is not None:
+            self.offload = self._engine.optimizer.begin(offload, _by_tensor(self._model, masters))
+            self._state: DeepSpeedState = OffloadedDeepSpeedState(*layout, self.offload)
+        else:
+            self._state = DeepSpeedState(*layout)
+            self._state.attach_muon(device)
+            if is_bf16:
+                self._state.set_masters(masters)
         self._gate = step_gate(self._engine, self._stage)
-        if is_bf16:
-            self._state.set_masters(masters)
         self._refresh()
 
     def train_step(
@@ -146,6 +157,16 @@ class DeepSpeedEngine:
         """Let the forward pass read the present masters of parameters that stay in FP32."""
         if self._full_precision is not None:
             self._full_precision.refresh(self._state.master)
+
+
+def _offload(config: Config) -> OffloadConfig | None:
+    optimizer = config.optimizer
+    return optimizer.offload if isinstance(optimizer, OptimizerConfig) and optimizer.offload.enabled else None
+
+
+def _by_tensor(model: nn.Module, values: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """``values`` by ``id`` of the parameter instead of its name."""
+    return {id(p.tensor): values[p.module_name] for p in canonical_parameters(model) if p.module_name in values}
 
 
 def _prepare(model: nn.Module, config: Config) -> None:

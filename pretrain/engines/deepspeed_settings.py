@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from pretrain.config.layout import data_parallel_size
-from pretrain.config.schema import Config, DeepSpeedConfig
+from pretrain.config.schema import Config, DeepSpeedConfig, OffloadConfig
 from pretrain.config.violation import Violation, did_you_mean
 
 _ALL: Final = (0, 1, 2, 3)
@@ -141,7 +141,7 @@ def deepspeed_violations(config: Config) -> Iterator[Violation]:
             "0 at engine.zero_stage=3, where no rank holds the whole model that generation needs",
             "train.sample_interval=0 (`pretrain generate` samples from its checkpoints), or engine.zero_stage=2",
         )
-    yield from _unread_fields(engine, train.precision)
+    yield from _unread_fields(engine, train.precision, getattr(config.optimizer, "offload", None))
     yield from pass_through_violations(engine)
 
 
@@ -185,11 +185,12 @@ def _refused(path: str, value: Any, known: tuple[str, ...]) -> Violation:
     return Violation(f"engine.pass_through.{path}", value, rule, fix)
 
 
-def _unread_fields(engine: DeepSpeedConfig, precision: str) -> Iterator[Violation]:
+def _unread_fields(engine: DeepSpeedConfig, precision: str, offload: OffloadConfig | None) -> Iterator[Violation]:
     """Fields that differ from their defaults where DeepSpeed does not read them."""
     stage = engine.zero_stage
     # DeepSpeed's optimizer for this case reduces all gradients after the last backward pass, in buckets of its own.
-    is_bf16_optimizer = stage == 1 and precision == "bf16" and not engine.offload_optimizer
+    offloads = engine.offload_optimizer or (offload is not None and offload.enabled)
+    is_bf16_optimizer = stage == 1 and precision == "bf16" and not offloads
     reduces_in_buckets = stage > 0 and not is_bf16_optimizer
     why_not = "bf16 at stage 1 without offload" if is_bf16_optimizer else f"stage {stage}"
     read = {

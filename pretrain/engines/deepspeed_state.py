@@ -42,12 +42,7 @@ class DeepSpeedState:
         for parameter in canonical_parameters(self._module):
             if not parameter.tensor.requires_grad:
                 yield from cut(parameter, "weight", *self._frozen(parameter))
-                continue
-            share = self._partitions.share(parameter)
-            if share is None:
-                continue
-            for slot, values in (("master", share.master), *self._flat_slots(share)):
-                yield from cut(parameter, slot, *(self._dealt(values) if self._stage == 0 else (share.start, values)))
+        yield from self._export_trained()
         if self._dp_rank == 0:
             for name, buffer in canonical_buffers(self._module):
                 shape = tuple(buffer.shape)
@@ -77,31 +72,13 @@ class DeepSpeedState:
             for name, buffer in canonical_buffers(self._module):
                 if reader.has(name, "buffer"):
                     buffer.copy_(reader.tensor(name, "buffer"))
-        else:
-            load_weights(self._module, reader)
-        if scalars[STEP] > 0:
-            # Padding included, of which a rank may have nothing else.
-            for key in self._partitions.state_keys():
-                start_state(self._partitions.optimizer, key, scalars[STEP])
-        else:
-            forget_state(parts.optimizer)
-        for parameter in canonical_parameters(self._module):
-            if not parameter.tensor.requires_grad:
-                if isinstance(parts, ShardedParameters):
+            for parameter in canonical_parameters(self._module):
+                if not parameter.tensor.requires_grad:
                     start, piece = parts.weight(parameter)
                     paste(parameter, start, piece, reader, None)
-                continue
-            share = parts.share(parameter)
-            if share is None:
-                continue
-            # At stage 0 the master is the weight itself, which is loaded by now.
-            if self._stage:
-                paste(parameter, share.start, share.master, reader, None)
-            if scalars[STEP] > 0:
-                for slot, values in self._flat_slots(share):
-                    paste(parameter, share.start, values, reader, slot)
-        if isinstance(parts, ShardedParameters):
-            parts.weights_from_masters()
+        else:
+            load_weights(self._module, reader)
+        self._load_trained(reader, scalars[STEP])
 
     @torch.no_grad()
     def set_masters(self, values: dict[str, Tensor]) -> None:
@@ -131,6 +108,37 @@ class DeepSpeedState:
         # From stage 1 on DeepSpeed may step one flat tensor after the other.
         turns = list(self._partitions.state_keys()) if self._stage else None
         optimizer.attach(shares, torch.distributed.group.WORLD, device, turns)
+
+    def _export_trained(self) -> Iterator[Fragment]:
+        """Masters and optimizer slots of this rank."""
+        for parameter in canonical_parameters(self._module):
+            share = self._partitions.share(parameter) if parameter.tensor.requires_grad else None
+            if share is None:
+                continue
+            for slot, values in (("master", share.master), *self._flat_slots(share)):
+                yield from cut(parameter, slot, *(self._dealt(values) if self._stage == 0 else (share.start, values)))
+
+    def _load_trained(self, reader: CheckpointReader, step: float) -> None:
+        """Take over masters and optimizer slots after ``step`` steps; whole weights are loaded by now."""
+        parts = self._partitions
+        if step > 0:
+            # Padding included, of which a rank may have nothing else.
+            for key in parts.state_keys():
+                start_state(parts.optimizer, key, step)
+        else:
+            forget_state(parts.optimizer)
+        for parameter in canonical_parameters(self._module):
+            share = parts.share(parameter) if parameter.tensor.requires_grad else None
+            if share is None:
+                continue
+            # At stage 0 the master is the weight itself.
+            if self._stage:
+                paste(parameter, share.start, share.master, reader, None)
+            if step > 0:
+                for slot, values in self._flat_slots(share):
+                    paste(parameter, share.start, values, reader, slot)
+        if isinstance(parts, ShardedParameters):
+            parts.weights_from_masters()
 
     def _frozen(self, parameter: CanonicalParameter) -> tuple[int, Tensor]:
         """First flat element and values that this rank answers for of a parameter that is not trained."""

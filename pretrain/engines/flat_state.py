@@ -56,7 +56,7 @@ def flat_slots(optimizer: torch.optim.Optimizer, key: Tensor) -> Iterator[tuple[
 
 def cut(parameter: CanonicalParameter, slot: str, start: int, values: Tensor) -> Iterator[Fragment]:
     """Split ``values``, flat elements of the stored parameter from ``start`` on, at the borders of logical tensors."""
-    for part, low, high in _overlaps(parameter, start, values.numel()):
+    for part, low, high in overlaps(parameter, start, values.numel()):
         piece = values[low - start : high - start]
         yield Fragment(part.name, slot, part.shape, low - part.start, piece, part.shard)
 
@@ -65,13 +65,15 @@ def paste(
     parameter: CanonicalParameter, start: int, target: Tensor, reader: CheckpointReader, slot: str | None
 ) -> None:
     """Fill ``target``, flat elements of the stored parameter from ``start`` on (slot None: the weight)."""
-    for part, low, high in _overlaps(parameter, start, target.numel()):
+    for part, low, high in overlaps(parameter, start, target.numel()):
         source = slot or weight_slot(reader, part.name)
         values = reader.read_shard(part.name, source, part.shard, low - part.start, high - part.start)
         target[low - start : high - start].copy_(values)
 
 
-def _overlaps(parameter: CanonicalParameter, start: int, numel: int) -> Iterator[tuple[Part, int, int]]:
+def overlaps(parameter: CanonicalParameter, start: int, numel: int) -> Iterator[tuple[Part, int, int]]:
+    """Logical tensors that have some of ``numel`` flat elements of the stored parameter from ``start`` on, and the
+    first and last (exclusive) of these that each has, counted in the parameter."""
     for part in parameter.parts:
         low, high = max(start, part.start), min(start + numel, part.stop)
         if low < high:

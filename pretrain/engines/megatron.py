@@ -26,6 +26,14 @@ from pretrain.engines.buffer_copies import BufferCopies
 from pretrain.engines.clock import Clock
 from pretrain.engines.flat_state import full_precision_values
 from pretrain.engines.megatron_chunk import PipelineChunk, StageModel, StageOutput, zero_tokens
+from pretrain.engines.megatron_offload import (
+    OffloadedShards,
+    clip_factor,
+    leave_masters_outside,
+    offloaded_optimizer,
+    place_shards,
+)
+from pretrain.engines.megatron_offload_state import OffloadedMegatronState
 from pretrain.engines.megatron_settings import megatron_settings
 from pretrain.engines.megatron_state import MegatronState
 from pretrain.nn.auxiliary import AuxiliaryLosses
@@ -101,9 +109,13 @@ class MegatronEngine:
             no_sync = [chunk.no_sync for chunk in self._chunks]
             megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = _build_optimizer(settings["optimizer"], self._chunks, config)
-        self._state = MegatronState(modules, self._optimizer, self.dp_rank, self._tp_rank)
+        offloads = offloaded_optimizer(config) is not None
+        self._state = (OffloadedMegatronState if offloads else MegatronState)(
+            modules, self._optimizer, self.dp_rank, self._tp_rank
+        )
         self._state.attach_muon(parallel_state.get_tensor_and_data_parallel_group(), device)
-        if masters is not None:
+        self._offload = place_shards(self._state, masters) if offloads else None
+        if masters is not None and self._offload is None:
             self._state.set_masters(masters)
         self._schedule = get_forward_backward_func()
         self._weight_decay = config.optimizer.weight_decay
@@ -143,6 +155,8 @@ class MegatronEngine:
         else:
             assert buffers is not None
             buffers.restore()
+            if self._offload is not None:
+                self._offload.states.discard()
         self._share_buffers()
         clock.lap("optimizer")
         result.seconds = clock.seconds()
@@ -177,14 +191,21 @@ class MegatronEngine:
         self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, *, forward_only: bool
     ) -> list[Any]:
         """Megatron's schedule over the micro-batches; the objective's outputs where the head is, else nothing."""
+        begins = self._offload.early_start(len(microbatches)) if self._offload and not forward_only else None
+
+        def watched(output: Tensor, wrapped: Any) -> Tensor:
+            if begins is not None and wrapped is self._chunks[0]:
+                begins(output)
+            return output
 
         def forward_step(batches: Iterator[Batch], wrapped: Any) -> tuple[Tensor, Callable[..., Any]]:
             chunk: PipelineChunk = wrapped.module
             try:
                 output = loss(StageModel(wrapped, chunk, split_vocabulary), next(batches))
             except StageOutput as stage_output:
-                return stage_output.hidden_LBD, _no_loss
-            return output.loss_sum / denominator, lambda scaled: (scaled, zero_tokens(self.device), output)
+                return watched(stage_output.hidden_LBD, wrapped), _no_loss
+            mean = watched(output.loss_sum / denominator, wrapped)
+            return mean, lambda scaled: (scaled, zero_tokens(self.device), output)
 
         split_vocabulary = getattr(loss, "vocabulary_parallel", False)
         if "tokens" not in microbatches[0]:
@@ -211,13 +232,17 @@ class MegatronEngine:
         part = self._state.optimizer
         if part.prepare_grads():
             raise RuntimeError("Megatron-Core scaled the loss, which this engine does not ask for")
+        if self._offload is not None:
+            self._offload.send_gradients()
         return float(part.get_grad_norm())
 
     def _update(self, grad_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
         part = self._state.optimizer
-        if parameters := part.get_parameters():
+        if self._offload is not None:
+            self._offload.grad_scale = clip_factor(grad_norm, part.config.clip_grad)
+        elif parameters := part.get_parameters():
             clip_grad_by_total_norm_fp32(
                 parameters, part.config.clip_grad, grad_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
             )
@@ -307,17 +332,24 @@ def _build_optimizer(fields: dict[str, Any], chunks: list[Any], config: Config) 
             mark_embeddings(chunk)
         overrides[ParamKey(predicate=ParamPredicate("muon", takes_muon))] = {IS_MUON: True}
 
+    offloaded = offloaded_optimizer(config)
+
     def build(params: list[dict[str, Any]], *, adam_w_mode: bool, **ignored: Any) -> torch.optim.Optimizer:
         assert adam_w_mode
+        if offloaded is not None:
+            return OffloadedShards(params, offloaded)
         return optimizer_of(params, config.optimizer)
 
+    megatron_config = megatron_optimizer.OptimizerConfig(**fields)
+    if offloaded is not None:
+        leave_masters_outside(megatron_config)
     # Fused Adams of Transformer Engine and Apex keep other state; torch's repeats a run bit for bit. Where Megatron has
     # found one, it takes what stands under this name.
     previous = megatron_optimizer.USING_PYTORCH_OPTIMIZER, megatron_optimizer.Adam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER, megatron_optimizer.Adam = False, build
     try:
         return megatron_optimizer.get_megatron_optimizer(
-            megatron_optimizer.OptimizerConfig(**fields),
+            megatron_config,
             chunks,
             config_overrides=overrides,
             use_gloo_process_groups=False,

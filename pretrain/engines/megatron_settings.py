@@ -75,6 +75,7 @@ _OWNED: dict[str, dict[str, str]] = {
         "params_dtype": "train.precision",
         "use_distributed_optimizer": "engine.distributed_optimizer",
         "overlap_param_gather": "engine.overlap_param_gather",
+        "optimizer_cpu_offload": "optimizer.offload.enabled",
     },
 }
 _RESULTS = "changes results or the layout of state that checkpoints rest on"
@@ -125,7 +126,6 @@ _REASONS: dict[str, dict[str, str]] = {
                 "decoupled_weight_decay",
                 "apply_wd_to_qk_layernorm",
                 "use_precision_aware_optimizer",
-                "optimizer_cpu_offload",
                 "overlap_param_gather_with_optimizer_step",
                 "main_grads_dtype",
                 "main_params_dtype",

@@ -65,19 +65,11 @@ class MegatronState:
 
     def export(self) -> Iterator[Fragment]:
         """Fragments of this rank; over all ranks they cover every logical tensor once."""
-        for parameter in self._parameters():
-            if not self._is_owner(parameter):
-                continue
-            if not parameter.tensor.requires_grad:
-                if self._dp_rank == 0:
+        if self._dp_rank == 0:
+            for parameter in self._parameters():
+                if not parameter.tensor.requires_grad and self._is_owner(parameter):
                     yield from cut(parameter, "weight", 0, parameter.tensor.data.reshape(-1))
-                continue
-            share = self._share(parameter)
-            if share is None or (not self._is_sharded and self._dp_rank != 0):
-                continue
-            yield from cut(parameter, "master", share.start, share.master)
-            for slot, values in flat_slots(self._torch, share.key):
-                yield from cut(parameter, slot, share.start, values)
+        yield from self._export_shares(self._owned_shares())
         if self._dp_rank == 0 and self._tp_rank == 0:
             for module in self._modules:
                 for name, buffer in canonical_buffers(module):
@@ -86,11 +78,8 @@ class MegatronState:
 
     def gradients(self) -> Iterator[Fragment]:
         """This rank's share of the gradient, between Megatron's ``prepare_grads`` and the update."""
-        for parameter in self._parameters():
-            share = self._share(parameter) if parameter.tensor.requires_grad else None
-            if share is None or not self._is_owner(parameter) or (not self._is_sharded and self._dp_rank != 0):
-                continue
-            gradient = torch.zeros_like(share.key) if share.key.grad is None else share.key.grad
+        for parameter, share in self._owned_shares():
+            gradient = self._gradient(share.key)
             yield from cut(parameter, GRADIENT, share.start, gradient.detach().reshape(-1))
 
     def scalars(self) -> dict[str, float]:
@@ -102,27 +91,25 @@ class MegatronState:
         """Fill weights, masters and moments; see :meth:`pretrain.engines.base.Engine.import_state`."""
         for module in self._modules:
             load_weights(module, reader, partial=len(self._modules) > 1 or self._is_stage(module))
-        if scalars[STEP] == 0:
-            forget_state(self._torch)
-        for parameter in self._parameters():
-            share = self._share(parameter) if parameter.tensor.requires_grad else None
-            if share is None:
-                continue
-            paste(parameter, share.start, share.master, reader, None)
-            if scalars[STEP] > 0:
-                start_state(self._torch, share.key, scalars[STEP])
-                for slot, values in flat_slots(self._torch, share.key):
-                    paste(parameter, share.start, values, reader, slot)
+        self._load_shares(self.trained_shares(), reader, scalars[STEP])
 
     @torch.no_grad()
     def set_masters(self, values: Sequence[dict[str, Tensor]]) -> None:
         """Overwrite FP32 masters with full-precision values by module name, one mapping for each chunk."""
+        for key, source in self.initial_masters(values).items():
+            key.detach().view(-1).copy_(source)
+
+    def initial_masters(self, values: Sequence[dict[str, Tensor]]) -> dict[Tensor, Tensor]:
+        """Of full-precision values by module name, one mapping for each chunk: what belongs to each tensor that this
+        rank optimizes, flat."""
+        masters: dict[Tensor, Tensor] = {}
         for module, chunk_values in zip(self._modules, values, strict=True):
             for parameter in canonical_parameters(module):
                 share = self._share(parameter) if parameter.module_name in chunk_values else None
                 if share is not None:
                     source = chunk_values[parameter.module_name].view(-1)
-                    share.master.copy_(source[share.start : share.start + share.master.numel()])
+                    masters[share.key] = source[share.start : share.start + share.key.numel()]
+        return masters
 
     def attach_muon(self, group: Any, device: torch.device) -> None:
         """Tell Muon, if it is the optimizer, where its matrices lie. Collective over ``group``: the ranks that hold
@@ -136,6 +123,42 @@ class MegatronState:
             if (share := self._share(parameter)) is not None
         ]
         self._torch.attach(shares, group, device)
+
+    def _export_shares(self, shares: Iterator[tuple[CanonicalParameter, LocalShare]]) -> Iterator[Fragment]:
+        for parameter, share in shares:
+            yield from cut(parameter, "master", share.start, share.master)
+            for slot, values in flat_slots(self._torch, share.key):
+                yield from cut(parameter, slot, share.start, values)
+
+    def _load_shares(
+        self, shares: Iterator[tuple[CanonicalParameter, LocalShare]], reader: CheckpointReader, step: float
+    ) -> None:
+        """Take over all slots of the shares as they are after ``step`` steps; weights are loaded already."""
+        if step == 0:
+            forget_state(self._torch)
+        for parameter, share in shares:
+            paste(parameter, share.start, share.master, reader, None)
+            if step > 0:
+                start_state(self._torch, share.key, step)
+                for slot, values in flat_slots(self._torch, share.key):
+                    paste(parameter, share.start, values, reader, slot)
+
+    def _gradient(self, key: Tensor) -> Tensor:
+        return torch.zeros_like(key) if key.grad is None else key.grad
+
+    def trained_shares(self) -> Iterator[tuple[CanonicalParameter, LocalShare]]:
+        """What this rank optimizes, by parameter."""
+        for parameter in self._parameters():
+            share = self._share(parameter) if parameter.tensor.requires_grad else None
+            if share is not None:
+                yield parameter, share
+
+    def _owned_shares(self) -> Iterator[tuple[CanonicalParameter, LocalShare]]:
+        """What this rank answers for of it."""
+        if self._is_sharded or self._dp_rank == 0:
+            for parameter, share in self.trained_shares():
+                if self._is_owner(parameter):
+                    yield parameter, share
 
     @staticmethod
     def _is_stage(module: nn.Module) -> bool:

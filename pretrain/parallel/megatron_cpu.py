@@ -1,11 +1,12 @@
 """Megatron-Core on a host without CUDA: the places that name the device are turned to the CPU.
 
 Megatron-Core 0.16 writes ``device="cuda"``, asks ``torch.cuda.current_device()`` and compares ``tensor.type()`` with
-``"torch.cuda.FloatTensor"``. None of this is a setting. :func:`adapt` does two things, inside the loaded
+``"torch.cuda.FloatTensor"``. None of this is a setting. :func:`adapt` does three things, inside the loaded
 ``megatron.core`` modules only; ``torch`` itself stays as it is:
 
-- string constants in the byte code of their functions are replaced (:data:`CONSTANTS`), and
-- their global ``torch`` becomes a stand-in whose ``cuda`` answers for a host with one CPU "device".
+- string constants in the byte code of their functions are replaced (:data:`CONSTANTS`),
+- their global ``torch`` becomes a stand-in whose ``cuda`` answers for a host with one CPU "device", and
+- weights of several data types that are gathered together are gathered by type (:func:`_gathering_by_dtype`).
 
 Never imported where CUDA exists.
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 
 from pretrain.parallel.megatron_import import check_version
 
@@ -84,6 +86,9 @@ def adapt() -> None:
     check_version()
     if torch.cuda.is_available():
         raise RuntimeError("the CPU layer of Megatron-Core must not be loaded where CUDA exists")
+    buffers = sys.modules.get("megatron.core.distributed.param_and_grad_buffer")
+    if buffers is not None and not _ADAPTED:
+        buffers._coalescing_manager = _gathering_by_dtype  # type: ignore[attr-defined]
     replaced: set[tuple[str, str, str]] = set()
     stand_in = _Torch("torch")
     for module_name, module in list(sys.modules.items()):
@@ -104,6 +109,20 @@ def adapt() -> None:
 
 
 _ADAPTED: list[tuple[str, str, str]] = []
+
+
+@contextlib.contextmanager
+def _gathering_by_dtype(group: Any, async_ops: bool = False) -> Iterator[Any]:
+    """torch's coalescing of collectives, less what gloo gets wrong: where data types differ, gathered weights come out
+    as zeros. Chunks of an interleaved pipeline gather FP32 and bf16 weights together."""
+    with c10d._coalescing_manager(group, async_ops=async_ops) as works:
+        yield works
+        together = c10d._world.pg_coalesce_state[group]
+        apart = [each for each in together if each.tensor.dtype != together[0].tensor.dtype]
+        together[:] = [each for each in together if each.tensor.dtype == together[0].tensor.dtype]
+    for each in apart:
+        assert each.op is c10d.all_gather_single, f"{each.op.__name__} over several data types"
+        works.append(each.op(each.dst_tensor, each.tensor, group, async_ops))
 
 
 def adapted_places() -> list[tuple[str, str, str]]:

@@ -11,7 +11,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,8 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+
+from pretrain.parallel.control_groups import memory_limits
 
 logger = logging.getLogger(__name__)
 
@@ -200,16 +201,5 @@ def _running_sums() -> dict[str, float]:
 
 def _memory_limit() -> tuple[float, float] | None:
     """Bytes used and allowed of the control group that this process is confined to; None without a limit."""
-    try:
-        group = re.search(r"^0::(/.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-        folder = Path("/sys/fs/cgroup") / (group.group(1).lstrip("/") if group else "")
-        # A job's limit may stand on any level above its tasks.
-        for level in (folder, *folder.parents):
-            if level == Path("/sys/fs"):
-                break
-            with contextlib.suppress(OSError, ValueError):
-                limit = float((level / "memory.max").read_text())
-                return float((level / "memory.current").read_text()), limit
-    except OSError:
-        pass
-    return None
+    nearest = next(memory_limits(), None)
+    return None if nearest is None else (float(nearest.used), float(nearest.limit))

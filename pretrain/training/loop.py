@@ -18,6 +18,7 @@ from pretrain.config.schema import Config
 from pretrain.engines.base import Batch, Engine, StepResult
 from pretrain.ops.keyed_random import keyed_seed
 from pretrain.optim.schedule import learning_rate
+from pretrain.parallel.peak_memory import peak_bytes
 from pretrain.parallel.process import all_reduce_floats, gather_objects, world_size
 from pretrain.parallel.pulse import PULSE
 from pretrain.training.batches import SAMPLE_IDS, to_device, to_tensors
@@ -325,7 +326,7 @@ class Trainer:
         """Sums over all ranks of what a step reports, and the judgement of them. Collective, before the update."""
         self._check_metric_names(result.metrics)
         memory = (
-            torch.cuda.max_memory_allocated() if self.engine.device.type == "cuda" else self._process.memory_info().rss
+            peak_bytes(self.engine.device) if self.engine.device.type == "cuda" else self._process.memory_info().rss
         )
         PULSE.enter("all-reduce")
         names = sorted(result.metrics)

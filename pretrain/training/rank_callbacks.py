@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.freeze import config_digest
+from pretrain.config.schema import OptimizerConfig
 from pretrain.training import callbacks as own
 from pretrain.training.callback import Callback
 from pretrain.training.data_metrics import DataMetricsCallback
 from pretrain.training.data_state import DataCallback
 from pretrain.training.health_callback import HealthCallback
 from pretrain.training.health_records import HealthRecords
+from pretrain.training.offload_callback import OffloadCallback
 from pretrain.training.sampling import TextSampler
 
 if TYPE_CHECKING:
@@ -61,7 +63,10 @@ def rank_callbacks(
     result.append(DataCallback(log, sources.train, run.quarantine_path, budget))
     records = HealthRecords(run.health_path, env.attempt, fence=fence)
     result.append(HealthCallback(log, health, records, sources, rank=env.rank))
-    result += [data_metrics, own.MetricsCallback(log)]
+    result.append(data_metrics)
+    if isinstance(config.optimizer, OptimizerConfig) and config.optimizer.offload.enabled:
+        result.append(OffloadCallback(log, run.offload_path, rank=env.rank))
+    result.append(own.MetricsCallback(log))
     # The checkpoint of a step comes before its validation, which may be long and may be cut short.
     result.append(own.CheckpointCallback(store, log, rank=env.rank, attempt=env.attempt, fence=fence, facts=facts))
     if sources.validation is not None:

@@ -19,24 +19,38 @@ from support.lm_case import (
     state_of,
     train_and_save,
 )
+from support.offload_lm_case import OffloadCase
 from torch import Tensor
 
 from pretrain.checkpoint.reader import CheckpointReader
-from pretrain.config.schema import DeepSpeedConfig, MegatronConfig
+from pretrain.config.schema import DeepSpeedConfig, MegatronConfig, OffloadConfig
 from pretrain.objectives.config import NextTokenConfig
 from pretrain.parallel.canonical import canonical_parameters
 
 pytestmark = pytest.mark.distributed
 
+_OFFLOAD = OffloadConfig(enabled=True, fraction=0.5, subgroup_size=400, master="low_bits")
 KEPT = ("A_log", "D", "dt_bias")
 LAYOUTS = {
     "zero1": Case(DeepSpeedConfig(zero_stage=1), 2, "mamba", precision="bf16"),
     "zero1 offloaded": Case(DeepSpeedConfig(zero_stage=1, offload_optimizer=True), 2, "mamba", precision="bf16"),
     "zero2": Case(DeepSpeedConfig(zero_stage=2), 2, "mamba", precision="bf16"),
     "zero3": Case(DeepSpeedConfig(zero_stage=3, persistence_threshold=0), 2, "mamba", precision="bf16"),
+    "zero1 states offloaded": OffloadCase(DeepSpeedConfig(zero_stage=1), 2, "mamba", precision="bf16"),
+    "zero3 states offloaded": OffloadCase(
+        DeepSpeedConfig(zero_stage=3, persistence_threshold=0),
+        2,
+        "mamba",
+        precision="bf16",
+        offload=OffloadConfig(enabled=True, subgroup_size=333, fraction=0.4, master="low_bits"),
+    ),
     "dp2": Case(MegatronConfig(distributed_optimizer=False), 2, "mamba", precision="bf16"),
     "dp2 distributed optimizer": Case(MegatronConfig(), 2, "mamba", precision="bf16"),
     "tp2": Case(MegatronConfig(tensor_parallel=2), 2, "mamba", precision="bf16"),
+    "dp2 states offloaded": OffloadCase(MegatronConfig(), 2, "mamba", precision="bf16", offload=_OFFLOAD),
+    "tp2 states offloaded": OffloadCase(
+        MegatronConfig(tensor_parallel=2), 2, "mamba", precision="bf16", offload=_OFFLOAD
+    ),
 }
 
 
@@ -94,7 +108,9 @@ def test_the_forward_pass_reads_the_masters(worker_pools: Any, tmp_path: Path, l
     assert len(rounded) < len(ranks[0]) / 2  # or there was nothing to tell apart
 
 
-@pytest.mark.parametrize("layout", ["zero1", "zero3", "dp2 distributed optimizer"])
+@pytest.mark.parametrize(
+    "layout", ["zero1", "zero3", "zero3 states offloaded", "dp2 distributed optimizer", "dp2 states offloaded"]
+)
 def test_training_resumes_bit_for_bit(worker_pools: Any, tmp_path: Path, layout: str) -> None:
     case = LAYOUTS[layout]
     pool = worker_pools(case.size, case.pool)

@@ -116,6 +116,31 @@ def test_same_layout_resumes_bit_for_bit(worker_pools: Any, tmp_path: Path, layo
     assert not differing(state_of(tmp_path / "whole/step_00000006"), state_of(tmp_path / "resumed/step_00000006"))
 
 
+def weights_and_masters(rank: int, size: int, case: Case) -> list[tuple[str, bool]]:
+    """Whether weights are the rounded masters, for the elements that this rank has both of."""
+    engine = build(case)
+    run_steps(engine, case, range(2))
+    for chunk in engine._chunks:
+        if engine._overlaps_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+    found = []
+    for parameter, share in engine._state.trained_shares():
+        weight = parameter.tensor.detach().view(-1)[share.start : share.start + share.master.numel()]
+        found.append((parameter.module_name, torch.equal(weight, share.master.to(weight.dtype))))
+    return found
+
+
+@pytest.mark.parametrize(("layout", "overlap"), [("dp2 pp2", False), ("dp2 pp2", True), ("tp2 pp2", False)])
+def test_chunks_of_mixed_precision_keep_their_weights(worker_pools: Any, layout: str, overlap: bool) -> None:
+    """Chunks after the first gather bf16 and FP32 weights together."""
+    case = case_of(layout, precision="bf16")
+    case = replace(
+        case, engine=replace(case.engine, virtual_pipeline=2, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+    )
+    for found in worker_pools(case.size, case.pool).run(weights_and_masters, case):
+        assert [name for name, is_equal in found if not is_equal] == []
+
+
 def initial_state(rank: int, size: int, case: Case, root: Path) -> None:
     save(build(case), root, 0, rank)
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from support import engine_case, lm_case
 from support.matrix import rotating
+from support.offload_lm_case import OffloadCase
 
-from pretrain.config.schema import DeepSpeedConfig, MegatronConfig
+from pretrain.config.schema import DeepSpeedConfig, MegatronConfig, OffloadConfig
 from pretrain.objectives.config import NextTokenConfig
 from pretrain.parallel.process import all_reduce_floats
 
@@ -19,6 +20,10 @@ pytestmark = pytest.mark.distributed
 
 def _zero3(**fields: Any) -> DeepSpeedConfig:
     return DeepSpeedConfig(zero_stage=3, persistence_threshold=100, **fields)
+
+
+def _states(**fields: Any) -> OffloadConfig:
+    return OffloadConfig(enabled=True, subgroup_size=400, **fields)
 
 
 LAYOUTS = {
@@ -39,6 +44,9 @@ LAYOUTS = {
     "zero3 offloaded bf16 muon": lm_case.Case(
         _zero3(offload_optimizer=True, offload_parameters=True), 2, precision="bf16", muon=True
     ),
+    "zero1 states offloaded bf16": OffloadCase(DeepSpeedConfig(zero_stage=1), 2, precision="bf16"),
+    "zero2 states offloaded": OffloadCase(DeepSpeedConfig(zero_stage=2, overlap_comm=True), 2),
+    "zero3 states offloaded bf16": OffloadCase(_zero3(), 2, precision="bf16"),
     "megatron dp2 distributed": lm_case.Case(MegatronConfig(), 2),
     "megatron dp2 distributed bf16": lm_case.Case(MegatronConfig(), 2, precision="bf16"),
     "megatron dp2 distributed overlap": lm_case.Case(
@@ -49,6 +57,16 @@ LAYOUTS = {
     "megatron dp2 muon": lm_case.Case(MegatronConfig(), 2, muon=True, clip=None),
     "megatron tp2 sp": lm_case.Case(MegatronConfig(tensor_parallel=2, sequence_parallel=True), 2),
     "megatron pp2 bf16": lm_case.Case(MegatronConfig(pipeline_parallel=2), 2, precision="bf16"),
+    "megatron dp2 states offloaded": OffloadCase(MegatronConfig(), 2, offload=_states(fraction=0.5)),
+    "megatron dp2 overlap states offloaded bf16": OffloadCase(
+        MegatronConfig(overlap_grad_reduce=True, overlap_param_gather=True),
+        2,
+        precision="bf16",
+        offload=_states(fraction=0.5, resident_fraction=0.3, master="low_bits"),
+    ),
+    "megatron pp2 states offloaded bf16": OffloadCase(
+        MegatronConfig(pipeline_parallel=2), 2, precision="bf16", offload=_states(fraction=1.0, overlap=False)
+    ),
 }
 ALWAYS = [("zero1 bf16",), ("zero3",), ("megatron dp2 distributed",)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -63,14 +62,3 @@ def test_between_the_two_figures_it_warns(subject: Callable[..., Subject], monke
     monkeypatch.setattr(host_memory, "_available", lambda made: (4.0 * GIB, "here"))
     (found,) = host_memory.check(subject())
     assert found.level is Level.WARNING
-
-
-def test_limits_of_control_groups_count_all_the_way_up(tmp_path: Path) -> None:
-    inner = tmp_path / "sys" / "slurm" / "job"
-    inner.mkdir(parents=True)
-    for folder, limit, used in ((inner, "max", "1"), (inner.parent, "5000", "1200")):
-        (folder / "memory.max").write_text(limit)
-        (folder / "memory.current").write_text(used)
-    own = tmp_path / "cgroup"
-    own.write_text("0::/slurm/job\n")
-    assert host_memory.cgroup_room(tmp_path / "sys", own) == 3800

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from pretrain.config.layout import data_parallel_size, model_parallel_size
 from pretrain.config.schema import DeepSpeedConfig
 from pretrain.nn.cost import FP32
+from pretrain.parallel.control_groups import memory_room
 from pretrain.planning.preflight.disk import state_numbers
 from pretrain.planning.preflight.findings import Finding, error, ok, unknown, warning
+from pretrain.planning.preflight.offload_memory import limit_of_a_rank, offload_need, offload_of, way_out
 from pretrain.planning.preflight.storage import file_system, nearest_folder
 from pretrain.planning.preflight.subject import Subject
 from pretrain.planning.preflight.units import GIB, percent, size
@@ -32,19 +34,23 @@ _WHOLE_AT_STAGE = {0: 4, 1: 2, 2: 1, 3: 0}
 gradient, two moments; 1: weight, gradient; 2: weight)."""
 _SHARED_AT_STAGE = {0: 0, 1: 3, 2: 4, 3: 5}
 """The same, cut over the data-parallel ranks: master and moments; gradient; weight."""
+_MASTER_AND_MOMENTS = 3
+"""Of these numbers, those that ``optimizer.offload`` accounts for itself where it is in force."""
 _COMFORT = 0.9
 
 
 @dataclass(frozen=True)
 class Budget:
     """Bytes on one node: of all its processes, while the model is built, while it trains, for a checkpoint's copy, for
-    data."""
+    data, and what training may take besides."""
 
     processes: float
     building: float
     training: float
     snapshot: float
     data: float
+    maybe: float = 0.0
+    """Of what is decided only when the run starts."""
 
     @property
     def least(self) -> float:
@@ -54,7 +60,7 @@ class Budget:
     @property
     def most(self) -> float:
         """Where nothing is given back in between."""
-        return self.processes + self.building + self.training + self.snapshot + self.data
+        return self.processes + self.building + self.training + self.snapshot + self.data + self.maybe
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -75,7 +81,9 @@ def check(subject: Subject) -> Iterator[Finding]:
         ("states that are offloaded" if uses_gpu else "weights, gradients, states, activations"): budget.training,
         "copy for a checkpoint": budget.snapshot,
         "open data": budget.data,
+        "buffers of an offload plan, at most": budget.maybe,
     }
+    yield from limit_of_a_rank(subject.config, subject.parameters, uses_gpu)
     shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
     span = " to ".join(dict.fromkeys((size(budget.least), size(budget.most))))
     available, source = _available(subject)
@@ -107,7 +115,11 @@ def node_budget(subject: Subject, parameters: int, uses_gpu: bool) -> Budget:
     built_here = isinstance(engine, DeepSpeedConfig) or not uses_gpu
     building = ranks * held * (FP32 + _BF16 * is_bf16) if built_here else 0.0
     weight = _BF16 if is_bf16 else FP32
-    training = 0.0
+    training = maybe = 0.0
+    need = offload_need(config, parameters, uses_gpu) if offload_of(config) is not None else None
+    if need is not None:
+        training += ranks * need.certain
+        maybe = ranks * need.at_most
     if uses_gpu and isinstance(engine, DeepSpeedConfig):
         # Master, two moments, and the gradient on its way to them.
         training += ranks * parameters * 4 * FP32 / data_parallel if engine.offload_optimizer else 0.0
@@ -115,10 +127,12 @@ def node_budget(subject: Subject, parameters: int, uses_gpu: bool) -> Budget:
     elif not uses_gpu:
         stage = engine.zero_stage if isinstance(engine, DeepSpeedConfig) else 1 if engine.distributed_optimizer else 0
         whole, shared = _WHOLE_AT_STAGE[min(max(stage, 0), 3)], _SHARED_AT_STAGE[min(max(stage, 0), 3)]
+        if need is not None:
+            shared -= _MASTER_AND_MOMENTS
         training += ranks * held * FP32 * (whole + shared / data_parallel) + ranks * _activations(subject)
     saved = state_numbers(config, parameters) * FP32 * ranks / world
     snapshot = saved if train.async_checkpoints and train.checkpoint_interval else 0.0
-    return Budget(ranks * PROCESS_BYTES[uses_gpu], building, training, snapshot, ranks * _open_data(subject))
+    return Budget(ranks * PROCESS_BYTES[uses_gpu], building, training, snapshot, ranks * _open_data(subject), maybe)
 
 
 def _activations(subject: Subject) -> float:
@@ -171,7 +185,7 @@ def _available(subject: Subject) -> tuple[float | None, str]:
         import psutil
 
         free, source = float(psutil.virtual_memory().available), "free on this host"
-        limit = cgroup_room()
+        limit = memory_room()
         return (limit, "the limit of this control group") if limit is not None and limit < free else (free, source)
     from launchers.slurm.commands import SlurmError
     from pretrain.planning.preflight.cluster_facts import memory_mb, node_memory_mb
@@ -184,34 +198,6 @@ def _available(subject: Subject) -> tuple[float | None, str]:
     except SlurmError:
         return None, "Slurm does not tell the memory of a node"
     return (found[0] * 2**20, found[1]) if found is not None else (None, "nobody tells the memory of a node")
-
-
-def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Bytes that this process's control groups (version 2, or memory of version 1) still allow; None without a
-    limit."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    room: float | None = None
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            base, names = root, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        folder = base / path.strip("/")
-        for place in (folder, *(parent for parent in folder.parents if parent.is_relative_to(base))):
-            try:
-                limit, used = ((place / name).read_text().strip() for name in names)
-            except OSError:
-                continue
-            if limit.isdigit() and int(limit) < 1 << 60:
-                left = float(int(limit) - int(used))
-                room = left if room is None else min(room, left)
-    return room
 
 
 def _cache_in_memory(subject: Subject) -> Iterator[Finding]:
@@ -243,6 +229,8 @@ def _way_out(subject: Subject, budget: Budget) -> str:
         ways.append(f"engine=megatron, which builds parts ({share} of the need is the whole model in every rank)")
     if isinstance(engine, DeepSpeedConfig) and (engine.offload_optimizer or engine.offload_parameters):
         ways.append("engine.offload_optimizer=false, engine.offload_parameters=false")
+    if (offload := offload_of(subject.config)) is not None:
+        ways.append(way_out(offload, subject.config.train.precision))
     if budget.snapshot:
         ways.append("train.async_checkpoints=false")
     return ", or ".join([*ways, "nodes with more memory"])

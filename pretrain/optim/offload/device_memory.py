@@ -1,0 +1,100 @@
+"""Free device memory over the phases of a step, as CUDA and torch's caching allocator tell it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pretrain.optim.offload.host_memory import available_host_bytes
+from pretrain.parallel.peak_memory import lap_peak_bytes
+
+MARGIN_SHARE = 0.02
+"""Of the device's memory that is left alone, for fragmentation and for what other libraries take."""
+MARGIN_BYTES = 1 << 30
+"""At least so much is left alone."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes. ``usable``: what this process may hold in all, what it holds included, less the margin. ``peak``: most
+    that its tensors took since the last look."""
+
+    usable: int
+    peak: int
+
+
+class MemoryLook(Protocol):
+    """Tells of memory; asked at the end of an update, at the beginning of the last backward pass and at its end."""
+
+    def __call__(self) -> Room: ...
+
+
+class CudaMemory:
+    """Looks at ``device``, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.margin = margin_bytes(torch.cuda.get_device_properties(device).total_memory)
+
+    def __call__(self) -> Room:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        held = torch.cuda.memory_reserved(self._device)
+        return Room(max(0, free + held - self.margin), lap_peak_bytes(self._device))
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What may be allocated on ``device`` now, less the margin: free by CUDA, or cached by torch and not in use. Of the
+    host in a device's place: its free memory."""
+    if device.type != "cuda":
+        return available_host_bytes() or 0
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, free + cached - margin_bytes(total))
+
+
+def margin_bytes(total: int) -> int:
+    return max(MARGIN_BYTES, int(MARGIN_SHARE * total))
+
+
+class Envelope:
+    """The model's own peaks over steps: what its tensors took in a whole step, and from the beginning of the last
+    backward pass to its end. Buffers and resident state of the offloading are taken out, so that plans may differ.
+
+    ``last``: steps whose highest counts.
+    """
+
+    def __init__(self, last: int = 50) -> None:
+        self._last = last
+        self._steps: list[tuple[int, int]] = []
+        self._usable: int | None = None
+        self._early_phase = 0
+
+    def add_before_early(self, room: Room, own: int) -> None:
+        """At the beginning of the last backward pass; ``own``: bytes of the offloading until now."""
+        self._early_phase = max(0, room.peak - own)
+        self._usable = room.usable
+
+    def add_before_update(self, room: Room, own: int) -> None:
+        """At the end of the last backward pass; ``own``: bytes of the offloading in it, early buffers included."""
+        late = max(0, room.peak - own)
+        self._steps.append((max(self._early_phase, late), late))
+        del self._steps[: -self._last]
+        self._usable = room.usable if self._usable is None else min(self._usable, room.usable)
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self._steps)
+
+    @property
+    def device_bytes(self) -> int:
+        """What the offloading may take all the time."""
+        assert self._usable is not None, "add steps first"
+        return max(0, self._usable - max(step for step, _ in self._steps))
+
+    @property
+    def early_bytes(self) -> int:
+        """What is free besides in the last backward pass."""
+        assert self._usable is not None, "add steps first"
+        return max(0, self._usable - max(late for _, late in self._steps)) - self.device_bytes
