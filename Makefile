@@ -15,7 +15,7 @@ SHELL := /bin/bash
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint install install-dev bench clean
+.PHONY: demo test test-all lint install install-dev bench bench-offload clean
 
 demo: install
 	$(BIN)/pretrain data prepare stdlib data/stdlib
@@ -44,6 +44,10 @@ bench: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lifecycle_overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint.py
+
+# On a GPU; in pieces with OFFLOAD="--seconds-limit 540" (benchmarks/offload/README.md). Without one: a function check.
+bench-offload: install-dev
+	$(BIN)/python benchmarks/offload/run.py --resume $(OFFLOAD)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

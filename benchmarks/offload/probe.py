@@ -4,9 +4,9 @@
 
 Memory and the CPU's AdamW are those of ``benchmarks/cpu_adamw.py`` with fewer rounds: what the traffic of an update
 alone takes (``traffic``), ours, DeepSpeedCPUAdam and torch's fused one. The link is measured as the planner
-measures it: each way alone, both at once, and beside CPU updates. The sweep updates ``--parameters`` BF16 weights without a model,
-streaming and hybrid, by the size of a subgroup. Without a GPU link and sweep are not measured. Results go to
-``benchmarks/results/offload_probe.json`` (with ``--smoke`` below ``build/``).
+measures it: each way alone, both at once, and beside CPU updates. The sweep updates ``--parameters`` BF16 weights
+without a model, streaming and hybrid, by the size of a subgroup. Without a GPU link and sweep are not measured. Results
+go to ``benchmarks/results/offload_probe.json`` (with ``--smoke`` below ``build/``).
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Record:
     ) -> None:
         self.path = path
         same = {"machine": dict(facts), "versions": versions(), "arguments": dict(arguments)}
-        self.data = {"benchmark": "offload", **same, "commands": [], "cells": {}}
+        self.data: dict[str, Any] = {"benchmark": "offload", **same, "commands": [], "cells": {}}
         if path.exists():
             old = json.loads(path.read_text())
             # Function checks are no loss.

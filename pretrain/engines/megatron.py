@@ -114,8 +114,8 @@ class MegatronEngine:
             modules, self._optimizer, self.dp_rank, self._tp_rank
         )
         self._state.attach_muon(parallel_state.get_tensor_and_data_parallel_group(), device)
-        self._offload = place_shards(self._state, masters) if offloads else None
-        if masters is not None and self._offload is None:
+        self.offload = place_shards(self._state, masters, device) if offloads else None
+        if masters is not None and self.offload is None:
             self._state.set_masters(masters)
         self._schedule = get_forward_backward_func()
         self._weight_decay = config.optimizer.weight_decay
@@ -155,8 +155,8 @@ class MegatronEngine:
         else:
             assert buffers is not None
             buffers.restore()
-            if self._offload is not None:
-                self._offload.states.discard()
+            if self.offload is not None:
+                self.offload.states.discard()
         self._share_buffers()
         clock.lap("optimizer")
         result.seconds = clock.seconds()
@@ -191,7 +191,7 @@ class MegatronEngine:
         self, microbatches: Sequence[Batch], loss: LossFunction, denominator: float, *, forward_only: bool
     ) -> list[Any]:
         """Megatron's schedule over the micro-batches; the objective's outputs where the head is, else nothing."""
-        begins = self._offload.early_start(len(microbatches)) if self._offload and not forward_only else None
+        begins = self.offload.early_start(len(microbatches)) if self.offload and not forward_only else None
 
         def watched(output: Tensor, wrapped: Any) -> Tensor:
             if begins is not None and wrapped is self._chunks[0]:
@@ -232,16 +232,16 @@ class MegatronEngine:
         part = self._state.optimizer
         if part.prepare_grads():
             raise RuntimeError("Megatron-Core scaled the loss, which this engine does not ask for")
-        if self._offload is not None:
-            self._offload.send_gradients()
+        if self.offload is not None:
+            self.offload.send_gradients()
         return float(part.get_grad_norm())
 
     def _update(self, grad_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
         part = self._state.optimizer
-        if self._offload is not None:
-            self._offload.grad_scale = clip_factor(grad_norm, part.config.clip_grad)
+        if self.offload is not None:
+            self.offload.grad_scale = clip_factor(grad_norm, part.config.clip_grad)
         elif parameters := part.get_parameters():
             clip_grad_by_total_norm_fp32(
                 parameters, part.config.clip_grad, grad_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8

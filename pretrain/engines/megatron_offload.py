@@ -26,6 +26,7 @@ from pretrain.engines.megatron_offload_contract import (
     unknown_megatron,
 )
 from pretrain.engines.megatron_state import LocalShare, MegatronState
+from pretrain.optim.offload.choose import choose_device
 from pretrain.optim.offload.states import GroupSettings, OffloadedStates
 from pretrain.parallel.canonical import CanonicalParameter
 from pretrain.parallel.late_compiler import optimizers_without_compiler
@@ -46,11 +47,12 @@ class OffloadedShards(torch.optim.AdamW):
         self.grad_scale = 1.0
         self.num_steps = 0
 
-    def place_states(self, masters: dict[Tensor, Tensor]) -> None:
-        """Take masters and moments of the present parameters into their homes.
+    def place_states(self, masters: dict[Tensor, Tensor], device: torch.device) -> None:
+        """Take masters and moments of the present parameters into their homes. Collective over the default group.
 
         Args:
             masters: initial FP32 values by parameter; of the others the parameter's own.
+            device: the model's, which a rank that has no shard cannot tell from its parameters.
 
         Raises:
             ValueError: host memory does not suffice.
@@ -64,6 +66,7 @@ class OffloadedShards(torch.optim.AdamW):
             self._offload,
             gradient_dtype=torch.float32,
             masters=[masters.get(shard, shard).detach() for shard in self._shards],
+            device=choose_device([torch.empty(0, device=device)], self._offload),
         )
 
     def early_start(self, num_microbatches: int) -> Callable[[Tensor], None]:
@@ -117,8 +120,10 @@ def leave_masters_outside(optimizer_config: Any) -> None:
     setattr(optimizer_config, MASTERS_OUTSIDE, True)
 
 
-def place_shards(state: MegatronState, masters: Sequence[dict[str, Tensor]] | None) -> OffloadedShards:
-    """Give the shards of ``state``'s optimizer their offloaded state.
+def place_shards(
+    state: MegatronState, masters: Sequence[dict[str, Tensor]] | None, device: torch.device
+) -> OffloadedShards:
+    """Give the shards of ``state``'s optimizer their offloaded state. Collective over the default group.
 
     Args:
         masters: initial FP32 values by module name, one mapping for each chunk (None: the weights').
@@ -132,7 +137,7 @@ def place_shards(state: MegatronState, masters: Sequence[dict[str, Tensor]] | No
         raise unknown_megatron(f"the distributed optimizer steps {type(shards).__name__}, not the one it was given")
     for parameter, share in state.trained_shares():
         _check_view(parameter, share)
-    shards.place_states({} if masters is None else state.initial_masters(masters))
+    shards.place_states({} if masters is None else state.initial_masters(masters), device)
     return shards
 
 

@@ -21,7 +21,7 @@ class OffloadCallback(Callback):
 
     Adds :meth:`~pretrain.optim.offload.online.Online.report` to the records that are logged, and an event ``offload``
     for every decision about the plan; of rank 0, while every rank plans for itself and tells its own log. Register it
-    on every rank, before the callback that logs.
+    before the callback that logs.
 
     Args:
         folder: where timelines go.
@@ -36,9 +36,8 @@ class OffloadCallback(Callback):
         self._online: Online | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        from pretrain.optim.offload.online import Online, ranks_on_host
+        from pretrain.optim.offload.online import Online
 
-        ranks_on_host()  # all ranks together, also one that has nothing to watch
         offload = getattr(trainer.engine, "offload", None)
         if offload is None:
             return
@@ -55,6 +54,7 @@ class OffloadCallback(Callback):
         train = trainer.config.train
         if train.log_interval and (record.step % train.log_interval == 0 or record.step in (1, train.steps)):
             record.metrics.update(self._online.report())
+        self._online.write_timelines()
 
     def on_rollback(self, trainer: Trainer) -> None:
         if self._online is not None:

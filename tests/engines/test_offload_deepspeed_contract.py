@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.offload_engine_case import OffloadCase
 
+from pretrain.config.schema import OffloadConfig
 from pretrain.engines import deepspeed_offload
 from pretrain.engines.deepspeed_import import import_deepspeed
+from pretrain.engines.deepspeed_settings import deepspeed_violations
 
 deepspeed = import_deepspeed("cpu")
 
@@ -113,3 +117,11 @@ def test_only_inside_are_classes_exchanged() -> None:
 )
 def test_the_factor_is_deepspeeds(norm: float, loss_scale: float, clip_norm: float, expected: float) -> None:
     assert deepspeed_offload.factor(norm, loss_scale, clip_norm) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bf16_at_stage_1_reads_what_stage_2_reads() -> None:
+    """With offloaded states DeepSpeed's bf16 optimizer, which has no buckets, is not the one."""
+    case = OffloadCase(stage=1, size=2, precision="bf16", overlap=True)
+    assert list(deepspeed_violations(case.config())) == []
+    plain = replace(case, offload=OffloadConfig())
+    assert "engine.overlap_comm" in {violation.path for violation in deepspeed_violations(plain.config())}

@@ -94,7 +94,7 @@ def trained(worker_pools: Any, tmp_path_factory: pytest.TempPathFactory) -> Call
     return run
 
 
-@pytest.mark.parametrize(("source", "target"), rotating(MOVES, 4, MUST_MOVE))
+@pytest.mark.parametrize(("source", "target"), rotating(MOVES, 3, MUST_MOVE))
 def test_a_checkpoint_moves_between_places(
     worker_pools: Any, tmp_path: Path, trained: Callable[..., tuple[Any, Path]], source: str, target: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_trained_engine_takes_over_the_state_before_the_first_step(worker_pool
 def replanned(rank: int, size: int, case: OffloadCase, root: Path) -> list[tuple[float, float]]:
     """Four steps, with another plan after each."""
     engine = build(case)
-    states = engine._offload.states
+    states = engine.offload.states
     results = []
     for step, (fraction, resident) in enumerate(((1.0, 0.0), (0.0, 0.5), (0.5, 1.0), (0.3, 0.3))):
         states.replan(even_plan(states.shape, fraction, resident, overlap=step % 2 == 0))

@@ -160,6 +160,17 @@ def test_times_are_told_once_over_in_the_order_given(streams, issuer):
     assert issuer.collect() == []
 
 
+@pytest.mark.parametrize("failing", [CPU, UP])
+def test_work_that_failed_has_no_time(issuer, failing):
+    issuer.measure(True)
+    before = issuer.run(DOWN, [], lambda: None)
+    failed = issuer.run(failing, [before], _fails)
+    issuer.finish([before])
+    with pytest.raises(FloatingPointError):
+        issuer.finish([failed])
+    assert [time.operation for time in issuer.collect()] == [DOWN]
+
+
 def test_a_mark_that_the_model_has_not_reached_has_no_time(streams, issuer):
     gate = threading.Event()
     issuer.measure(True)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.threaded_device import ThreadDevice
 
 from pretrain.config.schema import OffloadConfig
+from pretrain.optim.offload import online
 from pretrain.optim.offload.constants import Constants, Widths, Window
 from pretrain.optim.offload.device import Event, InlineDevice, OperationTime
 from pretrain.optim.offload.device_memory import Envelope, Room
@@ -23,10 +25,11 @@ from pretrain.optim.offload.drift import constants_drift, window_drift
 from pretrain.optim.offload.estimate import Estimate
 from pretrain.optim.offload.online import Online, shape_widths
 from pretrain.optim.offload.plan import make_plan
-from pretrain.optim.offload.schedule import Kind, Operation, Plan
+from pretrain.optim.offload.schedule import Kind, Operation, Place, Plan
 from pretrain.optim.offload.simulate import simulate
 from pretrain.optim.offload.states import SLOTS, GroupSettings, OffloadedStates
 from pretrain.optim.offload.subgroups import Target, cut_subgroups
+from pretrain.parallel import peak_memory
 from pretrain.training.offload_callback import OffloadCallback
 from pretrain.training.state import StepRecord
 
@@ -198,9 +201,12 @@ def test_one_slow_operation_moves_nothing() -> None:
     updates = [t for t in timeline.operations if t.operation.kind is Kind.CPU_UPDATE]
     last = max(updates, key=lambda t: t.end)
     slow = [t._replace(end=t.start + 50 * (t.end - t.start)) if t is last else t for t in updates]
-    estimate = Estimate(TRUTH, subgroups, WIDTHS)
-    estimate.add(slow)
-    assert estimate.constants.cpu_adam == pytest.approx(TRUTH.cpu_adam, rel=0.01)
+    found = []
+    for operations in (updates, slow):
+        estimate = Estimate(TRUTH, subgroups, WIDTHS)
+        estimate.add(operations)
+        found.append(estimate.constants.cpu_adam)
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 def test_operations_that_are_all_latency_tell_nothing() -> None:
@@ -383,6 +389,105 @@ def test_a_model_that_needs_more_takes_memory_back() -> None:
     peaks[0] = 2600 + 3600
     run.step(60, early=False)
     assert run.states.device_bytes <= usable - 2600
+
+
+def test_the_highest_peak_outlives_looks_at_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [50]
+    monkeypatch.setattr(peak_memory, "_highest", {})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.__setitem__(0, 10))
+    device = torch.device("cuda", 0)
+    assert peak_memory.lap_peak_bytes(device) == 50
+    assert peak_memory.lap_peak_bytes(device) == 10  # since the look before
+    assert peak_memory.peak_bytes(device) == 50  # of the whole run
+    peaks[0] = 70
+    assert peak_memory.peak_bytes(device) == 70
+
+
+# --- the plan to begin with
+
+STATE = 12 * SUBGROUP
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the free device memory; constants are :data:`TRUTH`."""
+    monkeypatch.setattr(online, "probed", lambda device, threads: TRUTH)
+    return lambda num_bytes: monkeypatch.setattr(online, "free_device_bytes", lambda device: num_bytes)
+
+
+def _first(**changes: Any) -> tuple[Plan, OffloadedStates]:
+    weight = torch.ones(SIZE, dtype=torch.bfloat16)
+    states = OffloadedStates(
+        [weight], [0], _config(**changes), gradient_dtype=torch.float32, device=ClockedDevice(TRUTH)
+    )
+    return states.plan, states
+
+
+def test_the_first_plan_takes_a_quarter_of_what_is_free_for_buffers(free: Callable[[int], None]) -> None:
+    free(100 * STATE)
+    plan, _ = _first(resident_fraction="auto")
+    assert plan.num_slots == 3
+    assert plan.num_early == 0  # how long the passes are is not known
+    assert Place.RESIDENT not in plan.places  # nor what the model will need
+    free(4 * STATE)
+    assert _first()[0].num_slots == 1
+    free(3 * STATE)
+    assert not _first()[0].streamed
+
+
+def test_the_first_plan_does_as_it_is_told(free: Callable[[int], None]) -> None:
+    free(4 * STATE)
+    plan, states = _first(fraction=0.5, resident_fraction=0.1)
+    assert len(plan.streamed) in (4, 5)
+    assert sum(place is Place.RESIDENT for place in plan.places) == 1
+    assert states.device_bytes == 4 * STATE
+    free(2 * STATE)
+    with pytest.raises(ValueError, match="lower resident_fraction"):
+        _first(fraction=0.5, resident_fraction=0.3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"SLURM_NTASKS": "16", "SLURM_NNODES": "3"}, 6),
+        ({"LOCAL_WORLD_SIZE": "64"}, 16),  # a shell's own variables, for another job
+        ({}, 16),
+    ],
+)
+def test_ranks_share_the_host(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: int) -> None:
+    monkeypatch.setattr(online, "world_size", lambda: 16)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert online.ranks_on_host() == expected
+
+
+# --- threads in place of streams
+
+
+def test_steps_on_queues_that_run_side_by_side_are_put_together() -> None:
+    weight = torch.ones(SIZE, dtype=torch.bfloat16)
+    plan = dataclasses.replace(_plan(fraction=0.5), num_early=2)
+    with ThreadDevice(0) as device:
+        config = _config(replan_interval=0, fraction=0.5)
+        states = OffloadedStates([weight], [0], config, gradient_dtype=torch.float32, device=device, plan=plan)
+        watcher = Online(states, constants=TRUTH)
+        states.watcher = watcher
+        for step in range(1, 6):
+            states.start_early()
+            states.update([torch.ones(SIZE)], SETTINGS, step)
+        watcher.close()
+        assert watcher.last is not None
+        number, measured, predicted = watcher.last
+    assert number == 5
+    keys = {(t.operation.kind, t.operation.subgroup) for t in measured.operations}
+    assert keys == {(t.operation.kind, t.operation.subgroup) for t in predicted.operations}
+    assert all(t.start <= t.end for t in measured.operations)
+    new = max(t.end for t in measured.operations if t.operation.kind is not Kind.FLUSH)
+    assert measured.update_s >= new > 0
 
 
 # --- drift in words

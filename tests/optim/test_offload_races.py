@@ -20,7 +20,7 @@ SCALARS = StepScalars.of(step=1, learning_rate=0.1, betas=(0.9, 0.99), eps=1e-8,
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_race_and_the_bits_of_another_plan_in_any_order(seed):
     assert trial(seed).fault is None
 
@@ -260,7 +260,7 @@ def test_seeds_run_things_in_different_orders_and_one_seed_always_in_one():
             device.finish([marker])
         return tuple(name for name in device.trace if " of 0" in name)
 
-    assert len({order(seed) for seed in range(30)}) == 6
+    assert len({order(seed) for seed in range(100)}) == 6
     assert order(3) == order(3)
 
 

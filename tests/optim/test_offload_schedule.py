@@ -54,6 +54,7 @@ def program(
     return operations + update_operations(plan, subgroups, host_weights=host_weights, weight_down=weight_down)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.builds(Target, st.integers(0, 300), st.integers(0, 3)), max_size=12),
     st.integers(1, 120),
@@ -77,6 +78,7 @@ def test_every_element_lies_in_exactly_one_place_of_one_subgroup(targets: list[T
         assert all(before[1] == after[0] for before, after in pairwise(sorted(ranges)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.builds(Target, st.integers(0, 300), st.integers(0, 3)), max_size=12), st.integers(1, 120))
 def test_only_the_last_subgroup_of_a_group_is_ragged(targets: list[Target], size: int) -> None:
     subgroups = cut_subgroups(targets, size)
@@ -90,6 +92,7 @@ def test_a_size_that_is_not_positive_is_refused() -> None:
         cut_subgroups([Target(4, 0)], 0)
 
 
+@settings(deadline=None)
 @given(plans(), st.booleans(), st.booleans())
 def test_every_subgroup_is_updated_once_between_its_transfers(
     case: tuple[Plan, tuple[Subgroup, ...]], host_weights: bool, weight_down: bool
@@ -112,6 +115,7 @@ def test_every_subgroup_is_updated_once_between_its_transfers(
     assert [o.subgroup for o in operations if o.kind is Kind.CPU_UPDATE] == list(plan.cpu_order)
 
 
+@settings(deadline=None)
 @given(plans())
 def test_early_state_has_buffers_of_its_own_and_late_state_uses_all_of_them_in_turn(
     case: tuple[Plan, tuple[Subgroup, ...]],
@@ -165,6 +169,7 @@ def test_any_legal_interleaving_of_two_steps_gives_the_values_of_the_sequential_
     assert run_in_any_order(operations, 2, random.Random(seed)) == values
 
 
+@settings(deadline=None)
 @given(plans())
 def test_both_sides_are_issued_by_the_share_of_elements_done(case: tuple[Plan, tuple[Subgroup, ...]]) -> None:
     plan, subgroups = case

@@ -80,7 +80,7 @@ class ThreadStreams:
 
 
 class ThreadDevice:
-    """A :class:`~pretrain.optim.offload.trials.ModelDevice` over :class:`ThreadStreams`, as ``CudaDevice`` over CUDA."""
+    """A :class:`~pretrain.optim.offload.trials.ModelDevice` over threads, as ``CudaDevice`` is over CUDA."""
 
     host_weights = False
 

@@ -111,7 +111,9 @@ using Range = void (*)(const Arrays&, int64_t begin, int64_t end);
 
 namespace scalar {
 template <int GRADIENT, int WEIGHT, bool LOW>
-__attribute__((noinline)) void range(const Arrays& a, int64_t begin, int64_t end) {
+__attribute__((noinline)) void range(const Arrays& arrays, int64_t begin, int64_t end) {
+    const Arrays a = arrays;  // its own: a store to an array cannot change it
+#pragma omp simd
     for (int64_t i = begin; i < end; ++i) update_one<GRADIENT, WEIGHT, LOW>(a, i);
 }
 }  // namespace scalar

@@ -107,6 +107,7 @@ class Estimate:
 
     def _rows(self, operations: Sequence[Timed]) -> list[_Row]:
         constants, rows = self.constants, []
+        known: dict[State, tuple[float, list[float]]] = {}
         for timed, parts in zip(operations, _parts(operations), strict=True):
             work, seconds = self._work(timed), timed.end - timed.start
             latency = self._prior.latency
@@ -114,7 +115,11 @@ class Estimate:
                 continue
             # Latency is at the beginning; which state that was in does not matter much.
             scale = (seconds - latency) / seconds
-            told = {state: _told(constants, state) for state in parts}
+            told = {}
+            for state in parts:
+                if state not in known:
+                    known[state] = _told(constants, state)
+                told[state] = known[state]
             done = {state: time * scale * told[state][0] for state, time in parts.items()}
             total = sum(done.values())
             slopes = [sum(done[s] * told[s][1][number] for s in done) / total for number in range(8)]
@@ -161,11 +166,11 @@ def _solved(rows: Sequence[_Row]) -> list[float]:
             weights[number] = rows[number].weight / total * min(1.0, (spread / away) ** 2 if away else 1.0)
     matrix = [[0.0] * 8 + [0.0] for _ in range(8)]
     for row, weight in zip(rows, weights, strict=True):
-        for i, slope in enumerate(row.slopes):
-            if slope:
-                for j in range(8):
-                    matrix[i][j] += weight * slope * row.slopes[j]
-                matrix[i][8] += weight * slope * row.error
+        entries = [(number, slope) for number, slope in enumerate(row.slopes) if slope]
+        for i, slope in entries:
+            for j, other in entries:
+                matrix[i][j] += weight * slope * other
+            matrix[i][8] += weight * slope * row.error
     for i in range(8):
         matrix[i][i] += _DAMPING[i]
     return _eliminated(matrix)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import socket
+import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
@@ -29,7 +30,7 @@ from pretrain.optim.offload.probe import probe
 from pretrain.optim.offload.recorder import Recorder, StepTimes, TimedDevice
 from pretrain.optim.offload.schedule import Place, Plan, update_operations
 from pretrain.optim.offload.timeline import Side, link_rates, measured_side, predicted_side, write_trace
-from pretrain.parallel.process import gather_objects, world_size
+from pretrain.parallel.process import world_size
 
 if TYPE_CHECKING:
     from pretrain.optim.offload.states import OffloadedStates
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = {"cuda": 5.0, "cpu": 0.3}
 """By kind of device. On the host the probe only says where the running estimate begins."""
+SAMPLES = 20
+"""Updates at most, between two looks, that constants are re-estimated from."""
 FIRST_LOOK = 5
 """Updates after which constants are looked at first: by then the passes around the update are known."""
 WARM_UP = 2
@@ -57,10 +60,14 @@ def probed(device: torch.device, threads: int | None) -> Constants:
     return probe(device, seconds=PROBE_SECONDS[device.type], threads=threads)
 
 
-@functools.cache
 def ranks_on_host() -> int:
-    """Ranks of this run on this host. Collective when it is first called."""
-    return gather_objects(socket.gethostname()).count(socket.gethostname()) if world_size() > 1 else 1
+    """Ranks of this run on this host, from what its launcher has set (torchrun, Slurm or our own); at most all."""
+    ranks, env = world_size(), os.environ
+    if "LOCAL_WORLD_SIZE" in env:
+        return min(ranks, int(env["LOCAL_WORLD_SIZE"]))
+    if "SLURM_NTASKS" in env and "SLURM_NNODES" in env:
+        return min(ranks, -(-int(env["SLURM_NTASKS"]) // int(env["SLURM_NNODES"])))
+    return ranks
 
 
 def shape_widths(shape: Shape) -> Widths:
@@ -73,7 +80,7 @@ def shape_widths(shape: Shape) -> Widths:
 
 
 def first_plan(shape: Shape, config: OffloadConfig, device: Device) -> Plan:
-    """The plan of a run's first steps: from probed constants and what is free on the device now. Every rank calls it.
+    """The plan of a run's first steps: from probed constants and what is free on the device now.
 
     How much the model will need and how long its passes are is not known yet: ``auto`` keeps nothing resident, buffers
     take a quarter of what is free, and no state moves before the update.
@@ -155,7 +162,9 @@ class Online:
         self._number = self._updates = self._since_plan = 0
         self._backwards: deque[float] = deque(maxlen=20)
         self._gaps: deque[float] = deque(maxlen=20)
+        self._between: deque[float] = deque(maxlen=20)
         self._forward_s: float | None = None
+        self._undrawn: list[tuple[int, Side, Side]] = []
         self._recorder = Recorder(cast(TimedDevice, states.device))
         self.replans = 0
         self.last: tuple[int, Side, Side] | None = None
@@ -177,6 +186,7 @@ class Online:
         self._recorder.before_early()
 
     def before_update(self) -> None:
+        self.write_timelines()
         if self._memory is not None:
             self._envelope.add_before_update(self._memory(), self._own_bytes(early=self._recorder.is_early))
         if self._states.plan != self._plan:
@@ -199,12 +209,22 @@ class Online:
         """Wait for what is under way and write what is left to be written; call it last."""
         self._states.synchronize()
         self._settle(last=True)
+        self.write_timelines()
         self._recorder.close()
+
+    def write_timelines(self) -> None:
+        """Draw what is due; some tenths of a second for each. Without it that is done before the next update."""
+        due, self._undrawn = self._undrawn, []
+        for number, measured, predicted in due:
+            self._write(number, measured, predicted)
 
     @property
     def constants(self) -> Constants:
         """As they are estimated now."""
-        return self._estimate.constants
+        constants = self._estimate.constants
+        # On the host no operation begins while another one runs, so time that belongs to none of them shows.
+        between = _median(self._between)
+        return constants if between is None else replace(constants, latency=between)
 
     @property
     def window(self) -> Window:
@@ -276,6 +296,11 @@ class Online:
         for times in self._recorder.settle(self._wants_forward, last=last):
             self._learn(times)
 
+    def _wants_estimate(self) -> bool:
+        """Not of every step: it takes the host some milliseconds."""
+        interval = self._config.replan_interval
+        return interval > 0 and (self._since_plan <= FIRST_LOOK or self._updates % -(-interval // SAMPLES) == 0)
+
     def _wants_forward(self, number: int) -> bool:
         return self._wants_timeline(number) and not self._is_host
 
@@ -290,10 +315,13 @@ class Online:
             self._gaps.append(times.gap_s)
         measured = measured_side(times.operations, times.phases, times.update_s, self.window.forward_s)
         self.last = times.number, measured, times.predicted
-        if self._since_plan > WARM_UP:
+        if self._since_plan > WARM_UP and self._wants_estimate():
             self._estimate.add(times.operations)
+        own = [timed.end - timed.start for timed in times.operations if timed.start >= 0]
+        if self._is_host and own:
+            self._between.append(max(0.0, times.update_s - sum(own)) / len(own))
         if self._wants_timeline(times.number):
-            self._write(*self.last)
+            self._undrawn.append(self.last)
 
     def _write(self, number: int, measured: Side, predicted: Side) -> None:
         from pretrain.optim.offload.timeline_plot import plot_timeline
@@ -304,7 +332,7 @@ class Online:
         fraction, resident_fraction = self._shares()
         title = (
             f"Optimizer update of step {number}, rank {self._rank}: {resident_fraction:.0%} of the state resident, of "
-            f"the rest {fraction:.0%} updated on the device; measured {_error(measured, predicted):+.1%} to predicted"
+            f"the rest {fraction:.0%} updated on the device; {_error(measured, predicted):+.1%} against prediction"
         )
         plot_timeline(path.with_suffix(".png"), sides, title=title)
 

@@ -27,7 +27,7 @@ from pretrain.optim.offload.host_memory import available_host_bytes
 
 LARGEST_COPY = 256 << 20
 LARGEST_UPDATE = 8 << 20
-"""Elements of one CPU update: 112 MiB of state, gradient and weight, far more than caches hold."""
+"""Elements of one CPU update: 144 MiB of state, gradient and weight, far more than caches hold."""
 _SMALLEST = 1 << 20
 _SLICES = 8  # of the time: one for each thing that is measured
 _SCALARS = StepScalars.of(step=2, learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
