@@ -180,7 +180,7 @@ RIVALS: Final = (
         "DeepSpeed DeepCompile, offload_opt_states",
         "deepspeed",
         "zero3",
-        needs_gpu=_ONLY_CUDA,
+        needs_gpu="it is not tried without one",
         compile={"deepcompile": True, "offload_opt_states": True},
         # It compiles in the first step and again when offloading begins.
         min_warmup=5,

@@ -206,11 +206,13 @@ class Online:
             self._look()
 
     def close(self) -> None:
-        """Wait for what is under way and write what is left to be written; call it last."""
+        """Wait for what is under way, write what is left to be written, watch no more."""
         self._states.synchronize()
         self._settle(last=True)
         self.write_timelines()
         self._recorder.close()
+        if self._states.watcher is self:
+            self._states.watcher = None
 
     def write_timelines(self) -> None:
         """Draw what is due; some tenths of a second for each. Without it that is done before the next update."""
