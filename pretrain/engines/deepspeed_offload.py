@@ -21,9 +21,6 @@ from pretrain.optim.offload.states import GroupSettings, OffloadedStates
 
 TESTED: Final = ("0.19.8", "0.20")
 """Versions of DeepSpeed that the subclasses were tested with: from the first, below the second."""
-EARLY_SHARE: Final = 0.25
-"""State starts for the device when the last backward pass has made gradients of so many of the elements: not at its
-beginning, when the activations of the forward pass still fill the memory that it is to use."""
 OVERRIDDEN: Final[dict[str, dict[str, tuple[str, ...] | None]]] = {
     "engine.DeepSpeedEngine": {
         "_do_optimizer_sanity_check": ("basic_optimizer",),
@@ -90,7 +87,6 @@ class ShardUpdate:
 
     Args:
         pieces: at most one of each parameter.
-        numel: elements of all trained parameters, whole.
         groups: parameter groups with their present settings.
         masters: initial FP32 values of whole parameters, by ``id`` (those left out start from their weights).
     """
@@ -98,15 +94,13 @@ class ShardUpdate:
     def __init__(
         self,
         pieces: Sequence[Piece],
-        numel: int,
         groups: Callable[[], Sequence[dict[str, Any]]],
         config: OffloadConfig,
         masters: Mapping[int, Tensor],
     ) -> None:
         self.pieces = tuple(pieces)
         self.step = 0
-        self._numel = numel
-        self._passed = 0
+        self._is_early = False
         self._groups = groups
         self._targets = {id(piece.parameter): number for number, piece in enumerate(self.pieces)}
         self._told: set[int] = set()
@@ -116,16 +110,19 @@ class ShardUpdate:
             config,
             gradient_dtype=torch.float32,
             masters=[_master(piece, masters) for piece in self.pieces],
+            apart=[getattr(piece.parameter, "keep_fp32", False) for piece in self.pieces],
         )
 
     def target(self, parameter: nn.Parameter) -> int | None:
         """Number of the target that holds this rank's piece of a parameter, None where it has none."""
         return self._targets.get(id(parameter))
 
-    def passed(self, numel: int) -> None:
-        """The last backward pass of a step has made the gradient of a parameter of ``numel`` elements."""
-        before, self._passed = self._passed, self._passed + numel
-        if before < EARLY_SHARE * self._numel <= self._passed:
+    def passed(self) -> None:
+        """The last backward pass of a step has made the gradient of a parameter: memory of activations is free."""
+        if self._is_early:
+            self.states.advance_early()
+        else:
+            self._is_early = True
             self.states.start_early()
 
     def ready(self, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -161,7 +158,7 @@ class ShardUpdate:
 
     def _forget(self) -> None:
         self._told.clear()
-        self._passed = 0
+        self._is_early = False
 
 
 def _master(piece: Piece, masters: Mapping[int, Tensor]) -> Tensor:

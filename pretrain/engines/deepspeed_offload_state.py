@@ -30,7 +30,7 @@ class OffloadedDeepSpeedState(DeepSpeedState):
     def master(self, module_name: str) -> tuple[int, Tensor] | None:
         """See :meth:`DeepSpeedState.master`; values are a copy on the host."""
         held = self._held(self._by_name[module_name])
-        return None if held is None else (held.start, self._offload.states.read(held.target, MASTER))
+        return None if held is None else (held.start, self._offload.states.read(held.target, MASTER, alone=True))
 
     def _export_trained(self) -> Iterator[Fragment]:
         yield from export_states(self._offload.states, self._all_held(), self._offload.step)

@@ -65,8 +65,7 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def begin(self, config: OffloadConfig, masters: Mapping[int, Tensor]) -> ShardUpdate:
         """Create masters and moments; call it once, before the first step."""
-        numel = sum(parameter.ds_numel for group in self.fp16_groups for parameter in group)
-        self.offload = ShardUpdate(list(self._pieces()), numel, lambda: self.optimizer.param_groups, config, masters)
+        self.offload = ShardUpdate(list(self._pieces()), lambda: self.optimizer.param_groups, config, masters)
         return self.offload
 
     def _pieces(self) -> Iterator[Piece]:
@@ -103,7 +102,7 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):
     def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
         super().reduce_ready_partitions_and_remove_grads(param)
         if self.offload is not None and self.is_gradient_accumulation_boundary():
-            self.offload.passed(param.ds_numel)
+            self.offload.passed()
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
         # It empties the first list's parameters of their gradients, and leaves the lists as they are.
@@ -143,8 +142,7 @@ class OffloadedStages1And2(DeepSpeedZeroOptimizer):
 
     def begin(self, config: OffloadConfig, masters: Mapping[int, Tensor]) -> ShardUpdate:
         """Create masters and moments; call it once, before the first step."""
-        numel = sum(parameter.numel() for group in self.bit16_groups for parameter in group)
-        self.offload = ShardUpdate(list(self._pieces()), numel, lambda: self.optimizer.param_groups, config, masters)
+        self.offload = ShardUpdate(list(self._pieces()), lambda: self.optimizer.param_groups, config, masters)
         return self.offload
 
     def _pieces(self) -> Iterator[Piece]:
@@ -189,7 +187,7 @@ class OffloadedStages1And2(DeepSpeedZeroOptimizer):
     def process_gradients(self, param: Any, i: int) -> None:
         super().process_gradients(param, i)
         if self.offload is not None and self.is_gradient_accumulation_boundary():
-            self.offload.passed(param.numel())
+            self.offload.passed()
 
     def copy_grads_in_partition(self, param: Any, group_idx: int | None = None) -> None:
         super().copy_grads_in_partition(param, group_idx)

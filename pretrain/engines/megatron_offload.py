@@ -46,6 +46,7 @@ class OffloadedShards(torch.optim.AdamW):
         self._offload: OffloadConfig = config.offload
         self.grad_scale = 1.0
         self.num_steps = 0
+        self._is_early = False
 
     def place_states(self, masters: dict[Tensor, Tensor], device: torch.device) -> None:
         """Take masters and moments of the present parameters into their homes. Collective over the default group.
@@ -73,15 +74,31 @@ class OffloadedShards(torch.optim.AdamW):
         """A function to be given the first chunk's output of each micro-batch in turn. State begins to be brought to
         the device with the backward pass of the last one, which is this rank's last: chunks go backward in reverse."""
         turns = iter(range(1, num_microbatches + 1))
+        self._is_early = False
+
+        def start(_: Tensor) -> None:
+            self._is_early = True
+            self.states.start_early()
 
         def given(output: Tensor) -> None:
             if next(turns) == num_microbatches and output.requires_grad:
-                output.register_hook(lambda _: self.states.start_early())
+                output.register_hook(start)
 
         return given
 
+    def go_on_early(self, parameters: Iterable[Tensor]) -> None:
+        """Bring more state whenever the last backward pass has come to one of ``parameters`` and set memory free."""
+
+        def passed(_: Tensor) -> None:
+            if self._is_early:
+                self.states.advance_early()
+
+        for parameter in parameters:
+            parameter.register_hook(passed)
+
     def send_gradients(self) -> None:
         """Say that gradients are final: those wanted on the host start on their way, before their norm is known."""
+        self._is_early = False
         for number, gradient in enumerate(self._gradients()):
             if gradient is not None:
                 self.states.gradient_ready(number, gradient)
@@ -138,6 +155,7 @@ def place_shards(
     for parameter, share in state.trained_shares():
         _check_view(parameter, share)
     shards.place_states({} if masters is None else state.initial_masters(masters), device)
+    shards.go_on_early(parameter.tensor for parameter, _ in state.trained_shares())
     return shards
 
 

@@ -108,17 +108,23 @@ def test_operations_that_are_all_latency_tell_nothing() -> None:
 def test_what_the_last_backward_pass_sets_free_is_told_apart() -> None:
     envelope = Envelope()
     assert not envelope.is_known
-    # 100 in all; the model takes 60 at most and 30 late; buffers of 10 are always there, 5 more in the backward pass.
-    envelope.add_before_early(Room(100, 70), own=10)
-    envelope.add_before_update(Room(100, 45), own=15)
+    # 100 in all; the model takes 60 at most and 30 in the end; buffers of 10 are always there.
+    envelope.add_before_early(Room(100, 70, 70), own=10)
+    envelope.add_before_update(Room(100, 65, 40), own=10)
     assert (envelope.device_bytes, envelope.early_bytes) == (40, 30)
-    envelope.add_before_early(Room(100, 75), own=10)
-    envelope.add_before_update(Room(100, 40), own=15)
-    assert (envelope.device_bytes, envelope.early_bytes) == (35, 35 - 0)
-    # Without a word of the backward pass nothing is known to become free.
-    alone = Envelope()
-    alone.add_before_update(Room(100, 70), own=10)
-    assert (alone.device_bytes, alone.early_bytes) == (40, 0)
+    # It takes 65 at most and 25 in the end; 20 of state are brought as memory becomes free.
+    envelope.add_before_early(Room(100, 75, 75), own=10)
+    envelope.add_before_update(Room(100, 85, 55), own=10, early=20)
+    assert (envelope.device_bytes, envelope.early_bytes) == (35, 35)
+    # Recomputing in the backward pass takes more than the forward pass did.
+    recomputed = Envelope()
+    recomputed.add_before_early(Room(100, 40, 40), own=10)
+    recomputed.add_before_update(Room(100, 70, 20), own=10)
+    assert (recomputed.device_bytes, recomputed.early_bytes) == (40, 50)
+    # That is remembered when early state hides it.
+    recomputed.add_before_early(Room(100, 40, 40), own=10)
+    recomputed.add_before_update(Room(100, 95, 50), own=10, early=30)
+    assert (recomputed.device_bytes, recomputed.early_bytes) == (40, 50)
 
 
 def test_a_model_that_needs_more_takes_memory_back() -> None:
@@ -126,7 +132,7 @@ def test_a_model_that_needs_more_takes_memory_back() -> None:
     peaks = [1000 + 3600]
 
     def memory() -> Room:
-        return Room(usable, peaks[0])
+        return Room(usable, peaks[0], peaks[0])
 
     config = offload_config(replan_interval=4, overlap=False, resident_fraction=0.0)
     run = Run(ClockedDevice(TRUTH), plan_of(window=Window(device_bytes=3600)), config, memory=memory)

@@ -124,7 +124,7 @@ def test_the_bits_were_those_of_several_plans() -> None:
 
 
 def test_no_room_for_what_is_asked_keeps_the_plan() -> None:
-    room = iter([Room(usable=0, peak=0)] * 1000)
+    room = iter([Room(usable=0, peak=0, held=0)] * 1000)
     run = Run(
         ClockedDevice(dataclasses.replace(TRUTH, h2d=5e9)), plan_of(fraction=0.5),
         offload_config(replan_interval=3, fraction=0.5, resident_fraction=0.0), memory=lambda: next(room),

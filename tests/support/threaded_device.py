@@ -107,6 +107,9 @@ class ThreadDevice:
 
     empty_device = empty_host
 
+    def free_device_bytes(self) -> int | None:
+        return None
+
     def release_device(self, memory: Tensor, event: Event) -> None:
         # Whoever gets it next writes to it at once.
         assert isinstance(event, Handle)

@@ -29,6 +29,7 @@ from torch import Tensor
 from pretrain.optim.offload.arithmetic import StepScalars
 from pretrain.optim.offload.cpu_adamw import cpu_adamw_
 from pretrain.optim.offload.device import Event, OperationTime
+from pretrain.optim.offload.device_memory import free_device_bytes
 from pretrain.optim.offload.gpu_adamw import gpu_adamw_
 from pretrain.optim.offload.issuing import Issuer
 from pretrain.optim.offload.pinned import registered_memory
@@ -133,6 +134,9 @@ class CudaDevice:
 
     def empty_device(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def free_device_bytes(self) -> int | None:
+        return free_device_bytes(self._device)
 
     def release_device(self, memory: Tensor, event: Event) -> None:
         queue = getattr(event, "queue", None)

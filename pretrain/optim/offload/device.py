@@ -34,6 +34,10 @@ class Device(Protocol):
         """Device memory, uint8 ``[num_bytes]``, values undefined; in use by the model's queue until :meth:`mark`."""
         ...
 
+    def free_device_bytes(self) -> int | None:
+        """What :meth:`empty_device` may be asked for now besides; None: anything."""
+        ...
+
     def release_device(self, memory: Tensor, event: Event) -> None:
         """``memory``, to which the caller keeps no reference, may be used for something else once ``event`` is over."""
         ...
@@ -124,6 +128,9 @@ class InlineDevice:
 
     def empty_device(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def free_device_bytes(self) -> int | None:
+        return None
 
     def release_device(self, memory: Tensor, event: Event) -> None:
         pass

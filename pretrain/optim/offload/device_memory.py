@@ -19,10 +19,11 @@ MARGIN_BYTES = 1 << 30
 @dataclass(frozen=True)
 class Room:
     """Bytes. ``usable``: what this process may hold in all, what it holds included, less the margin. ``peak``: most
-    that its tensors took since the last look."""
+    that its tensors took since the last look; ``held``: what they take now."""
 
     usable: int
     peak: int
+    held: int
 
 
 class MemoryLook(Protocol):
@@ -41,7 +42,8 @@ class CudaMemory:
     def __call__(self) -> Room:
         free, _ = torch.cuda.mem_get_info(self._device)
         held = torch.cuda.memory_reserved(self._device)
-        return Room(max(0, free + held - self.margin), lap_peak_bytes(self._device))
+        taken = torch.cuda.memory_allocated(self._device)
+        return Room(max(0, free + held - self.margin), lap_peak_bytes(self._device), taken)
 
 
 def free_device_bytes(device: torch.device) -> int:
@@ -59,8 +61,11 @@ def margin_bytes(total: int) -> int:
 
 
 class Envelope:
-    """The model's own peaks over steps: what its tensors took in a whole step, and from the beginning of the last
-    backward pass to its end. Buffers and resident state of the offloading are taken out, so that plans may differ.
+    """The model's own memory over steps: the most that its tensors took in a step, and what they took when the last
+    backward pass was over. Memory of the offloading is taken out, so that plans may differ.
+
+    State that is brought early takes what the backward pass sets free, piece by piece, so its peak tells nothing of the
+    model's: in such steps the model's peak is that of the time before, or of earlier steps.
 
     ``last``: steps whose highest counts.
     """
@@ -69,17 +74,19 @@ class Envelope:
         self._last = last
         self._steps: list[tuple[int, int]] = []
         self._usable: int | None = None
-        self._early_phase = 0
+        self._before = 0
 
     def add_before_early(self, room: Room, own: int) -> None:
         """At the beginning of the last backward pass; ``own``: bytes of the offloading until now."""
-        self._early_phase = max(0, room.peak - own)
+        self._before = max(0, room.peak - own)
         self._usable = room.usable
 
-    def add_before_update(self, room: Room, own: int) -> None:
-        """At the end of the last backward pass; ``own``: bytes of the offloading in it, early buffers included."""
-        late = max(0, room.peak - own)
-        self._steps.append((max(self._early_phase, late), late))
+    def add_before_update(self, room: Room, own: int, early: int = 0) -> None:
+        """At the end of the last backward pass; ``early``: bytes of state that was brought in it, besides ``own``."""
+        level = max(0, room.held - own - early)
+        highest = max([self._before, level, *(peak for peak, _ in self._steps)])
+        peak = highest if early else max(self._before, room.peak - own, level)
+        self._steps.append((peak, level))
         del self._steps[: -self._last]
         self._usable = room.usable if self._usable is None else min(self._usable, room.usable)
 
@@ -91,10 +98,10 @@ class Envelope:
     def device_bytes(self) -> int:
         """What the offloading may take all the time."""
         assert self._usable is not None, "add steps first"
-        return max(0, self._usable - max(step for step, _ in self._steps))
+        return max(0, self._usable - max(peak for peak, _ in self._steps))
 
     @property
     def early_bytes(self) -> int:
-        """What is free besides in the last backward pass."""
+        """What the last backward pass sets free besides, until it is over."""
         assert self._usable is not None, "add steps first"
-        return max(0, self._usable - max(late for _, late in self._steps)) - self.device_bytes
+        return max(0, self._usable - max(level for _, level in self._steps)) - self.device_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Executor:
         self._plan = plan
         self._order = Order()
         self._early: dict[int, Event] = {}
+        self._to_come: list[Operation] = []
         self._sent: dict[int, Event] = {}
         self._released: list[Event] = []
         partly = {i for i, storage in enumerate(self._memory.shape.storages) if storage is not Storage.FULL}
@@ -56,17 +57,29 @@ class Executor:
         self._last_flush = {o.buffer: o for o in self._operations if o.kind is Kind.FLUSH}
 
     def start_early(self) -> None:
-        """Bring state to the device while the last backward pass goes on."""
-        if self._early or not self._plan.num_early:
+        """Bring state to the device while the last backward pass goes on: what has buffers, and of the rest what there
+        is memory for now."""
+        if self._early or self._to_come:
             return
-        # Taken anew before those of the last step are given back, they would be there twice.
-        self._device.finish(self._released)
-        self._released = []
-        self._memory.add_early_slots()
-        # Their memory may have been the model's a moment ago.
-        marker = self._device.mark()
-        for operation in early_operations(self._plan):
+        self._to_come = list(early_operations(self._plan))
+        self.advance_early()
+
+    def advance_early(self, *, certainly: bool = False) -> None:
+        """Bring more of it, as the backward pass sets memory free; ``certainly``: all, that pass is over."""
+        while self._to_come:
+            operation = self._to_come[0]
+            if missing := self._memory.missing_bytes(operation.buffer):
+                free = None if certainly else self._device.free_device_bytes()
+                if free is not None and free < missing:
+                    return
+                # Taken anew before those of the last step are given back, they would be there twice.
+                self._device.finish(self._released)
+                self._released = []
+                self._memory.add_early_slot(operation.buffer)
+            # The buffer may have been the model's a moment ago.
+            marker = self._device.mark()
             self._early[operation.buffer] = self._issue(operation, marker, self._prefetch(operation))
+            del self._to_come[0]
 
     def sends_early(self, subgroup: int) -> bool:
         """Whether this gradient goes to the host as soon as it is final."""
@@ -85,8 +98,8 @@ class Executor:
             for subgroup in self._plan.cpu_order:
                 if self.sends_early(subgroup):
                     self.send_gradient(subgroup, gradients)
-        if self._plan.num_early and not self._early:
-            self.start_early()
+        self.start_early()
+        self.advance_early(certainly=True)
         marker = self._device.mark()
         of_model: list[Event] = list(self._sent.values())
         for operation in self._operations:
@@ -105,12 +118,18 @@ class Executor:
         for slot, event in self._early.items():
             self._release(slot, event)
         self._device.hold(self._sent.values())
-        self._early, self._sent = {}, {}
+        self._early, self._to_come, self._sent = {}, [], {}
 
     def synchronize(self) -> None:
         """Wait until all state is at home and nothing is under way."""
         for name in ("state", "slot", "weight", "gradient", "host gradient", "staged"):
             self._device.finish(self._order.pending(name))
+
+    def finish(self, subgroups: Iterable[int]) -> None:
+        """Wait until the state of these is at home and their weights are written."""
+        for subgroup in subgroups:
+            for name in ("state", "weight"):
+                self._device.finish(self._order.pending(name, subgroup))
 
     def _issue(self, operation: Operation, marker: Event, work: Callable[[], None]) -> Event:
         event = self._device.run(operation, [*self._order.waits(operation), marker], work)

@@ -147,14 +147,21 @@ class Memory:
     def slot(self, number: int) -> Tensor:
         return self._slots[number]
 
-    def add_early_slots(self) -> None:
+    def missing_bytes(self, number: int) -> int:
+        """Device memory that a slot beyond the ring still has to be given, 0 where it is there."""
+        return 0 if number in self._slots else self._early[number]
+
+    def add_early_slot(self, number: int) -> None:
         """Device memory for early state beyond the ring of slots."""
-        for number, size in self._early.items():
-            if number not in self._slots:
-                self._slots[number] = self._device.empty_device(size)
+        self._slots[number] = self._device.empty_device(self._early[number])
+
+    @property
+    def early_bytes(self) -> int:
+        """Device memory that slots beyond the ring have now."""
+        return sum(size for number, size in self._early.items() if number in self._slots)
 
     def take_early_slot(self, number: int) -> Tensor | None:
-        """Give up a slot that :meth:`add_early_slots` made, None for one that stays."""
+        """Give up a slot that :meth:`add_early_slot` made, None for one that stays."""
         return self._slots.pop(number) if number in self._early else None
 
     def host_gradient(self, buffer: int, numel: int) -> Tensor:

@@ -182,13 +182,13 @@ class Online:
 
     def before_early(self) -> None:
         if self._memory is not None:
-            self._envelope.add_before_early(self._memory(), self._own_bytes(early=False))
+            self._envelope.add_before_early(self._memory(), self._lasting_bytes())
         self._recorder.before_early()
 
     def before_update(self) -> None:
         self.write_timelines()
         if self._memory is not None:
-            self._envelope.add_before_update(self._memory(), self._own_bytes(early=self._recorder.is_early))
+            self._envelope.add_before_update(self._memory(), self._lasting_bytes(), self._states.early_bytes)
         if self._states.plan != self._plan:
             self._adopt()
         self._number += 1
@@ -274,9 +274,9 @@ class Online:
         everything = offloaded + totals[Place.RESIDENT]
         return totals[Place.STREAM] / max(1, offloaded), totals[Place.RESIDENT] / max(1, everything)
 
-    def _own_bytes(self, *, early: bool) -> int:
+    def _lasting_bytes(self) -> int:
         parts = self._states.shape.device_bytes(self._states.plan)
-        return sum(parts.values()) - (0 if early else parts["early buffers"])
+        return sum(parts.values()) - parts["early buffers"]
 
     def _adopt(self) -> None:
         """Begin with the plan that the states have now."""
@@ -367,7 +367,7 @@ class Online:
                 overlap=config.overlap,
             )
             is_better = planned.timeline.exposed_s < (1 - GAIN) * present.exposed_s
-            fits = self._own_bytes(early=False) <= window.device_bytes
+            fits = self._lasting_bytes() <= window.device_bytes
             if planned.plan == self._plan or (fits and not is_better):
                 self._tell({**told, "changed": False, "after_s": present.exposed_s})
                 return

@@ -62,11 +62,6 @@ class Recorder:
     def before_early(self) -> None:
         self._early = self._device.mark()
 
-    @property
-    def is_early(self) -> bool:
-        """Whether the last backward pass of the step has been told of."""
-        return self._early is not None
-
     def before_update(self, number: int, plan: Plan, num_operations: int, predicted: Side) -> None:
         """``num_operations``: of this step, early ones included."""
         begin = self._device.mark()

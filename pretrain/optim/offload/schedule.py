@@ -250,10 +250,13 @@ class Order(Generic[Handle]):
             self._written[resource] = (operation.queue, handle)
             self._read[resource] = {}
 
-    def pending(self, name: str) -> list[Handle]:
-        """Last operations on every resource called ``name``."""
-        handles = [handle for resource, (_, handle) in self._written.items() if resource.name == name]
-        for resource, readers in self._read.items():
-            if resource.name == name:
-                handles += readers.values()
+    def pending(self, name: str, number: int | None = None) -> list[Handle]:
+        """Last operations on every resource called ``name``, or on that of them with this number."""
+        if number is None:
+            resources = [r for r in {**self._written, **self._read} if r.name == name]
+        else:
+            resources = [Resource(name, number)]
+        handles = [self._written[resource][1] for resource in resources if resource in self._written]
+        for resource in resources:
+            handles += self._read.get(resource, {}).values()
         return handles

@@ -112,6 +112,10 @@ class SimulatedDevice:
         self._advance()
         return self._empty_device(num_bytes, "device memory")
 
+    def free_device_bytes(self) -> int | None:
+        """Drawn: the model sets memory free in its own time."""
+        return self._random.choice((None, 0, 64))
+
     def release_device(self, memory: Tensor, event: Event) -> None:
         self._advance()
         if not memory.numel():

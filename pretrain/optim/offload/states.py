@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -57,6 +57,8 @@ class OffloadedStates:
         config: ``optimizer.offload``.
         gradient_dtype: of gradients' buffers on the host.
         masters: initial FP32 values by weight (None: the weights).
+        apart: weights whose masters are read after every step: in subgroups of their own, so that reading waits for
+            little (None: none).
         device, plan: otherwise chosen for where the weights are.
 
     Raises:
@@ -71,14 +73,16 @@ class OffloadedStates:
         *,
         gradient_dtype: torch.dtype,
         masters: Sequence[Tensor] | None = None,
+        apart: Sequence[bool] | None = None,
         device: Device | None = None,
         plan: Plan | None = None,
     ) -> None:
         self._weights = [weight.detach() for weight in weights]
         _check_weights(self._weights, groups)
         # Subgroups are alike throughout: of one parameter group and one kind of weight.
-        keys = [(group, weight.dtype) for group, weight in zip(groups, self._weights, strict=True)]
-        kinds = sorted(set(keys), key=lambda key: (key[0], str(key[1])))
+        is_apart = apart or [False] * len(self._weights)
+        keys = [(g, w.dtype, a) for g, w, a in zip(groups, self._weights, is_apart, strict=True)]
+        kinds = sorted(set(keys), key=lambda key: (key[0], str(key[1]), key[2]))
         targets = [Target(w.numel(), kinds.index(key)) for w, key in zip(self._weights, keys, strict=True)]
         self.subgroups = cut_subgroups(targets, config.subgroup_size)
         self._groups = tuple(kinds[subgroup.group][0] for subgroup in self.subgroups)
@@ -117,6 +121,11 @@ class OffloadedStates:
         return sum(self._shape.host_bytes(self.plan, host_weights=self.device.host_weights).values())
 
     @property
+    def early_bytes(self) -> int:
+        """Device memory that state brought early takes at the moment, beyond :attr:`device_bytes`'s lasting parts."""
+        return self._memory.early_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Device memory that the present plan takes at most (on the host, where there is no device)."""
         return sum(self._shape.device_bytes(self.plan).values())
@@ -127,6 +136,11 @@ class OffloadedStates:
         if self.watcher is not None:
             self.watcher.before_early()
         self._executor.start_early()
+
+    def advance_early(self) -> None:
+        """Bring more state after :meth:`start_early`, into memory that the backward pass set free since; call it now
+        and then."""
+        self._executor.advance_early()
 
     def gradient_ready(self, target: int, gradient: Tensor) -> None:
         """Tell that the flat gradient of a target is final; it must stay as it is until the update.
@@ -191,27 +205,33 @@ class OffloadedStates:
         self._waiting = {}
         self._executor.discard()
 
-    def synchronize(self) -> None:
-        """Wait until state is at home and weights are written.
+    def synchronize(self, subgroups: Collection[int] | None = None) -> None:
+        """Wait until state is at home and weights are written, of all subgroups or of these.
 
         Raises:
             RuntimeError: an update failed half-way.
         """
         self._check_whole()
         try:
-            self._executor.synchronize()
+            if subgroups is None:
+                self._executor.synchronize()
+            else:
+                self._executor.finish(subgroups)
         except BaseException as error:
             self._torn = error
             raise
 
     @torch.no_grad()
-    def read(self, target: int, slot: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, target: int, slot: str, start: int = 0, stop: int | None = None, *, alone: bool = False) -> Tensor:
         """FP32 values ``[start, stop)`` of a target's ``master``, ``exp_avg`` or ``exp_avg_sq``, a copy on the host.
+
+        ``alone``: wait for this target's state and for no other's. Not for saving: whether the update succeeds as a
+        whole is not known by then.
 
         Raises:
             RuntimeError: an update failed half-way: what is there must not be saved.
         """
-        self.synchronize()
+        self.synchronize({number for number, _ in self._segments[target]} if alone else None)
         stop = self._weights[target].numel() if stop is None else stop
         values = torch.empty(stop - start, dtype=torch.float32)
         for state, storage, weight, low, high in self._parts(target, start, stop):

@@ -249,6 +249,8 @@ def _backward(
     for count, target in enumerate(order):
         if way.overlaps and count == begin:
             states.start_early()
+        elif source.random() < 0.5:
+            states.advance_early()
         values = _gradient(training, at, target)
         gradient = device.model_tensor(torch.zeros_like(values), f"gradient {target}")
         # Accumulation: the first value is not the final one.
