@@ -49,6 +49,13 @@ def _megatron(name: str, processes: int, *settings: str) -> Layout:
     return Layout(name, ("engine=megatron", f"launcher.num_processes={processes}", *settings))
 
 
+_HOST_STATE = (
+    "optimizer.offload.enabled=true",
+    "optimizer.offload.fraction=0.5",
+    # Several subgroups of small models too.
+    "optimizer.offload.subgroup_size=50000",
+)
+
 DEFAULT_LAYOUTS = (
     _deepspeed("plain", 1, "engine.zero_stage=0"),
     *(_deepspeed(f"ZeRO-{stage} x 2", 2, f"engine.zero_stage={stage}") for stage in range(4)),
@@ -60,10 +67,12 @@ DEFAULT_LAYOUTS = (
         "engine.offload_optimizer=true",
         "engine.offload_parameters=true",
     ),
+    _deepspeed("ZeRO-3 x 2 host state", 2, "engine.zero_stage=3", *_HOST_STATE),
     _megatron("Megatron TP2", 2, "engine.tensor_parallel=2"),
     _megatron("Megatron TP2+SP", 2, "engine.tensor_parallel=2", "engine.sequence_parallel=true"),
     _megatron("Megatron PP2", 2, "engine.pipeline_parallel=2"),
     _megatron("Megatron DP2", 2),
+    _megatron("Megatron DP2 host state", 2, *_HOST_STATE),
     _megatron("Megatron TP2xPP2", 4, "engine.tensor_parallel=2", "engine.pipeline_parallel=2"),
 )
 
