@@ -124,6 +124,7 @@ def extend(
     for override in sorted(parsed, key=lambda override: "." in override.key_or_group):
         if (refusal := _extend_one(tree, override, extendable)) is not None:
             violations.append(refusal)
+    _forget_settings_of_what_was_switched_off(tree, frozen_tree, {override.key_or_group for override in parsed})
     tree = frozen_for_new_run(resolve_paths(tree, cwd or os.getcwd()))
     config = check(tree, violations)
     tree = complete_tree(tree, config)
@@ -158,6 +159,18 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
     paths = sorted(left.keys() | right.keys())
     pairs = ((path, left.get(path, ABSENT), right.get(path, ABSENT)) for path in paths)
     return [Difference(path, before, after) for path, before, after in pairs if before != after]
+
+
+def _forget_settings_of_what_was_switched_off(
+    tree: dict[str, Any], frozen_tree: Mapping[str, Any], overridden: set[str]
+) -> None:
+    """``optimizer.offload.enabled=false`` alone is enough: the block's other fields, which nothing would read, go back to
+    their defaults unless they are overridden too."""
+    path = "optimizer.offload"
+    before, after = ((t.get("optimizer") or {}).get("offload") for t in (frozen_tree, tree))
+    if isinstance(before, Mapping) and isinstance(after, dict) and before.get("enabled") and not after.get("enabled"):
+        for name in [name for name in after if name != "enabled" and f"{path}.{name}" not in overridden]:
+            del after[name]
 
 
 def _extend_one(tree: dict[str, Any], override: Override, extendable: list[str]) -> Violation | None:

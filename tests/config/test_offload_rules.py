@@ -171,6 +171,10 @@ def test_everything_may_change_when_a_run_is_continued(frozen: dict[str, Any]) -
         ],
     )
     assert back == frozen
+    # Switched off by one word; what is named besides is judged as ever.
+    assert extend(tree, ["optimizer.offload.enabled=false"])[0] == frozen
+    with pytest.raises(InvalidConfigError, match="nothing reads it"):
+        extend(tree, ["optimizer.offload.enabled=false", "optimizer.offload.fraction=0.25"])
 
 
 def test_a_run_from_before_the_block_existed_takes_it_up(frozen: dict[str, Any]) -> None:

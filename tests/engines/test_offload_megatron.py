@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.lm_case import build, differing, run_steps, state_of, train_and_save
 from support.matrix import rotating
+from support.offload_engine_case import device_of
 from support.offload_lm_case import OffloadCase
 
 from pretrain.config.schema import DeepSpeedConfig, MegatronConfig, OffloadConfig
@@ -84,6 +85,24 @@ def test_place_and_subgroups_change_no_bit(trained: Callable[..., Trained], layo
     assert differing(state, expected) == []
     if LAYOUTS[layout].clip is not None:
         assert all(norm > 0.5 for _, norm in results[0])  # or clipping was not at work
+
+
+def train_staged(rank: int, size: int, case: OffloadCase, root: Path, steps: int) -> Any:
+    with device_of(case):
+        return train_and_save(rank, size, case, root, steps)
+
+
+@pytest.mark.parametrize(
+    ("layout", "plan", "device"),
+    [("dp2 overlap bf16", "mixed low bits", "late"), ("dp2 fp32", "mixed", "prompt")],
+)
+def test_gradients_and_weights_that_are_staged_change_no_bit(
+    worker_pools: Any, tmp_path: Path, trained: Callable[..., Trained], layout: str, plan: str, device: str
+) -> None:
+    expected_results, expected = trained(layout, RESIDENT)
+    case = replace(LAYOUTS[layout], offload=PLANS[plan], device=device)
+    assert worker_pools(2, case.pool).run(train_staged, case, tmp_path, NUM_STEPS) == expected_results
+    assert differing(state_of(tmp_path / f"step_{NUM_STEPS:08d}"), expected) == []
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,11 @@ def test_a_refusal_has_the_table_what_is_there_and_the_way_out(host: Path, limit
     assert re.search(r"2 ranks on this host +12\.000 GiB\n", text)
     assert "buffers  " not in text
     assert "8.000 GiB are free for 2 ranks on this host together, 4.000 GiB too little" in text
-    for way in ("resident_fraction", "master=low_bits", "more ranks or nodes", "fewer ranks"):
+    for way in ("master=low_bits", "more ranks or nodes", "fewer ranks"):
         assert way in text
+    # Without a device there is no other place for it.
+    assert "resident_fraction" not in text
+    assert "resident_fraction" in refusal(host, {"moments": 40 * GIB}, pinned=True)
     assert "host_memory_gib" not in text
 
 

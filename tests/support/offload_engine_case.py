@@ -12,6 +12,7 @@ import torch
 from support.engine_case import Case
 
 from pretrain.config.schema import Config, OffloadConfig
+from pretrain.engines import megatron_offload
 from pretrain.optim.offload import states
 from pretrain.optim.offload.choose import even_plan
 from pretrain.optim.offload.device import Event, InlineDevice
@@ -75,18 +76,21 @@ def device_of(case: Case) -> Iterator[None]:
     if kind == "host":
         yield
         return
-    before = (states.choose_device, states.choose_plan)
+    before = (states.choose_device, states.choose_plan, megatron_offload.choose_device)
 
     def plan(shape: Any, config: OffloadConfig, device: Any) -> Any:
         share = [0.0 if isinstance(f, str) else f for f in (config.fraction, config.resident_fraction)]
         return even_plan(shape, *share, overlap=config.overlap)
 
-    states.choose_device = lambda weights, config: PromptDevice() if kind == "prompt" else LateDevice()  # type: ignore[assignment]
+    def device(weights: Any, config: OffloadConfig) -> InlineDevice:
+        return PromptDevice() if kind == "prompt" else LateDevice()
+
+    states.choose_device = megatron_offload.choose_device = device  # type: ignore[assignment]
     states.choose_plan = plan
     try:
         yield
     finally:
-        states.choose_device, states.choose_plan = before
+        states.choose_device, states.choose_plan, megatron_offload.choose_device = before
 
 
 def build(case: Case, tied: bool = False) -> Any:

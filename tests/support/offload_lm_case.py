@@ -14,6 +14,8 @@ class OffloadCase(Case):
     """A layout with ``optimizer.offload``; small subgroups, so that there are several of each parameter group."""
 
     offload: OffloadConfig = field(default_factory=lambda: OffloadConfig(enabled=True, subgroup_size=700))
+    device: str = "host"
+    """See :class:`support.offload_engine_case.OffloadCase`."""
 
     def config(self) -> Config:
         config = super().config()

@@ -49,6 +49,9 @@ class ThreadStreams:
         """To the calling thread's current stream."""
         self._work[getattr(self._local, "queue", None)].put(work)
 
+    def enter(self) -> None:
+        """Threads of the issuer need nothing here."""
+
     @contextmanager
     def on(self, queue: Queue) -> Iterator[None]:
         self._local.queue = queue

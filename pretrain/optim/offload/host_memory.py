@@ -107,7 +107,9 @@ def require_host_memory(
         rows.append((f"{ranks_on_host} ranks on this host", total * ranks_on_host))
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {_gib(size):>14}" for name, size in rows)
-    ways = "; or\n  ".join([*_SMALLER, *(way for _, way in faults)])
+    # Without a device resident state lies in host memory too, and nothing is pinned.
+    smaller = _SMALLER if pinned else _SMALLER[1:]
+    ways = "; or\n  ".join([*smaller, *(way for _, way in faults)])
     raise ValueError(
         "optimizer.offload needs more host memory than there is (nothing has been allocated):\n"
         f"{table}\n" + "\n".join(f"Found: {text}." for text, _ in faults) + f"\nWhat to do: {ways}."

@@ -95,9 +95,9 @@ def check(subject: Subject) -> Iterator[Finding]:
     expected = f"{span} on {device}: {shown}"
     found = f"{size(available)} on a node ({source})"
     if budget.least > available:
-        yield error("budget", found, f"at least {expected}", _way_out(subject, budget), **figures)
+        yield error("budget", found, f"at least {expected}", _way_out(subject, budget, uses_gpu), **figures)
     elif budget.most > _COMFORT * available:
-        yield warning("budget", found, f"room for {expected}", _way_out(subject, budget), **figures)
+        yield warning("budget", found, f"room for {expected}", _way_out(subject, budget, uses_gpu), **figures)
     else:
         yield ok("budget", f"{expected}; {found}", **figures)
 
@@ -219,7 +219,7 @@ def _cache_in_memory(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _way_out(subject: Subject, budget: Budget) -> str:
+def _way_out(subject: Subject, budget: Budget, uses_gpu: bool) -> str:
     ways = []
     if subject.ranks_per_node > 1:
         ways.append("fewer ranks on a node")
@@ -230,7 +230,7 @@ def _way_out(subject: Subject, budget: Budget) -> str:
     if isinstance(engine, DeepSpeedConfig) and (engine.offload_optimizer or engine.offload_parameters):
         ways.append("engine.offload_optimizer=false, engine.offload_parameters=false")
     if (offload := offload_of(subject.config)) is not None:
-        ways.append(way_out(offload, subject.config.train.precision))
+        ways.append(way_out(offload, subject.config.train.precision, uses_gpu))
     if budget.snapshot:
         ways.append("train.async_checkpoints=false")
     return ", or ".join([*ways, "nodes with more memory"])

@@ -74,15 +74,15 @@ def limit_of_a_rank(config: Config, parameters: int, uses_gpu: bool) -> Iterator
             "optimizer.offload.host_memory_gib",
             f"{offload.host_memory_gib:g} GiB for each rank",
             f"at least {size(need.certain)}: state {size(need.state)}, buffers {size(need.buffers)}",
-            way_out(offload, config.train.precision),
+            "a larger optimizer.offload.host_memory_gib, or " + way_out(offload, config.train.precision, uses_gpu),
             needed=need.certain,
             limit=limit,
         )
 
 
-def way_out(offload: OffloadConfig, precision: str) -> str:
+def way_out(offload: OffloadConfig, precision: str, uses_gpu: bool) -> str:
     """What makes the need of a host smaller."""
-    ways = ["a larger optimizer.offload.resident_fraction (state on the device)"]
+    ways = ["a larger optimizer.offload.resident_fraction (state on the device)"] if uses_gpu else []
     if precision == "bf16" and offload.master == "full":
         ways.append("optimizer.offload.master=low_bits (2 bytes for each parameter less)")
     return ", or ".join([*ways, "more ranks or nodes"])
