@@ -86,14 +86,14 @@ class TorchDriver:
         self._model = build_model(size, device, torch.bfloat16, seed)
         config = optimizer_config(arm, size)
         self._optimizer = OffloadedAdamW(
-            parameter_groups(self._model, config), LEARNING_RATE, BETAS, EPS, offload=config.offload
+            parameter_groups(self._model, config),
+            LEARNING_RATE,
+            BETAS,
+            EPS,
+            offload=config.offload,
+            early_gradients=config.offload.overlap,
+            watch=arm.offloads,
         )
-        watched(arm, self._optimizer.states)
-        self._last = False
-        if config.offload.overlap:
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            for number, parameter in enumerate(parameters):
-                parameter.register_post_accumulate_grad_hook(self._hook(number))
 
     @property
     def states(self) -> Any:
@@ -107,12 +107,10 @@ class TorchDriver:
             loss_sum = self._loss(self._model, {"tokens": ids}).loss_sum
             laps.lap("forward")
             if number == len(micro_batches) - 1:
-                self._last = True
                 self._optimizer.last_backward()
             (loss_sum / targets).backward()
             laps.lap("backward")
             total += loss_sum.detach()
-        self._last = False
         if self._arm.clip is not None:
             self._optimizer.clip_grad_norm_(self._arm.clip)
         self._optimizer.step()
@@ -124,14 +122,6 @@ class TorchDriver:
 
     def finish(self) -> None:
         self._optimizer.states.synchronize()
-
-    def _hook(self, number: int) -> Any:
-        def ready(parameter: Tensor) -> None:
-            if self._last:
-                assert parameter.grad is not None
-                self._optimizer.states.gradient_ready(number, parameter.grad.view(-1))
-
-        return ready
 
     def _without_prefetch(self) -> None:
         """Also after the plan was made anew."""

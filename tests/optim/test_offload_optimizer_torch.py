@@ -188,8 +188,8 @@ def test_a_gradient_that_was_rewritten_after_it_was_sent_is_sent_again(rewrite: 
 def test_gradients_of_a_step_that_was_never_taken_are_not_those_of_the_next(clear: str) -> None:
     found = []
     for early in (True, False):
-        model = layers()
-        optimizer = over(model, device=Apart(), plan=all_cpu(2), early_gradients=early)
+        model, device = layers(), Apart()
+        optimizer = over(model, device=device, plan=all_cpu(2), early_gradients=early)
         for step in range(3):
             optimizer.last_backward()
             backward(model, step)
@@ -197,6 +197,11 @@ def test_gradients_of_a_step_that_was_never_taken_are_not_those_of_the_next(clea
             if step != 1:
                 optimizer.step()
             (optimizer if clear == "optimizer" else model).zero_grad()
+            if step == 1 and clear == "optimizer":
+                device.log.clear()
+                backward(model, 9)  # of the next step, not the last one
+                assert device.log == []
+                optimizer.zero_grad()
         found.append(values(model, optimizer))
     assert_equal(*found)
 
