@@ -184,3 +184,60 @@ def test_counts_are_whole_and_positive(capsys: pytest.CaptureFixture[str], text:
     with pytest.raises(SystemExit):
         main(["offload", "plan", f"--parameters={text}"])
     assert "expected a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("/nonexistentdir",), "/nonexistentdir: no such folder"),
+        (("optimizr.offload.fraction=0.1",), "optimizr"),
+        (("nosuch=1",), "nosuch"),
+        (("data.x=[1",), "grammar"),
+        (("optimizer.offload.subgroup_size=1000",), "raise subgroup_size"),
+        (("optimizer.offload.cpu_threads=1000000",), "optimizer.offload.cpu_threads"),
+        (("--constants", ""), "--constants ''"),
+    ],
+)
+def test_mistakes_are_not_passed_over(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
+) -> None:
+    assert main(["offload", "plan", *arguments, "--parameters", "1e9"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("h2d", "1e-300"), ("link_with_cpu", "1.5"), ("link_with_cpu", "0"), ("d2h", "1" + 400 * "0")]
+)
+def test_rates_that_nothing_has_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, value: str
+) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({**asdict(RATES), name: "HERE"}).replace('"HERE"', value))
+    assert f"{name} is" in refused(capsys, "--constants", str(file))
+
+
+def test_a_file_nested_too_deeply_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text("[" * 100_000)
+    assert "is no JSON" in refused(capsys, "--constants", str(file))
+
+
+@pytest.mark.parametrize("option", ["--device-memory", "--tokens", "--activations", "--tflops"])
+def test_sizes_that_nothing_has_are_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*FLAT, option, "1e300"])
+    assert caught.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.optim.offload.probe.probe", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "rates.json"):
+        assert main(["offload", "probe", "--device", "cpu", "--save", str(place)]) == 2
+        assert f"--save {place}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["offload", "probe", "--threads", "1000000"])
+    assert "threads on this machine" in capsys.readouterr().err

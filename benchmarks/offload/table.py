@@ -163,6 +163,9 @@ def _against_stock(cells: Cells, size: str, tokens: int) -> Iterator[str]:
         if stock is None or ours is None:
             yield f"{asked}: not measured"
             continue
+        if differs := _other_losses(cells, size, tokens, name):
+            yield f"{asked}: not judged, {differs}"
+            continue
         ratio = stock[phase] / ours[phase] if ours[phase] else math.inf
         bound = "" if stock["update"] > stock["iteration"] / 2 else "; its update is less than half of its iteration"
         yield f"{asked}: {'reached' if ratio >= goal else 'NOT reached'}, {ratio:.2f}x ({ARMS[name].label}{bound})"
@@ -175,10 +178,25 @@ def _against_none(cells: Cells, size: str, tokens: int) -> str:
     asked = f"{size}, {tokens:,} tokens: iteration at most {NEAR_GOAL:g}x that of the fastest arm without offload"
     if not known or ours is None:
         return f"{asked}: not measured"
+    if differs := _other_losses(cells, size, tokens, name):
+        return f"{asked}: not judged, {differs}"
     fastest, other = min(known)
     ratio = ours["iteration"] / fastest
     verdict = "reached" if ratio <= NEAR_GOAL else "NOT reached"
     return f"{asked}: {verdict}, {ratio:.2f}x ({ARMS[name].label}, against {ARMS[other].label})"
+
+
+def _other_losses(cells: Cells, size: str, tokens: int, arm: str) -> str:
+    """Why the arm's times say nothing: its losses are not those of its reference; empty if they are."""
+    cell = cells[f"{size}/{tokens}/{arm}"]
+    reference = ARMS[arm].reference
+    difference = loss_difference(cell, cells.get(f"{size}/{tokens}/{reference}"))
+    if difference is None:
+        return f"losses were not compared: {ARMS[reference].label} was not measured"
+    # A difference that is no number is no equality either.
+    if difference != 0:
+        return f"losses differ from those of {ARMS[reference].label} by {difference:.1e}"
+    return "" if repeats(cell["rounds"]) else "losses differ between rounds"
 
 
 def _best(cells: Cells, size: str, tokens: int, names: Sequence[str]) -> tuple[str, dict[str, float] | None]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pretrain.config.ranges import MOST_THREADS
+from pretrain.optim.offload.arguments import count, positive
 
 if TYPE_CHECKING:
     from pretrain.config.check import Judgement
@@ -31,30 +35,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     plan.add_argument("overrides", nargs="*", help="a run directory, or group=option and key.path=value")
     plan.add_argument("--config-dir", help="a folder of your own config groups, searched before the shipped one")
     plan.add_argument(
-        "--parameters", type=_count, metavar="N", help="trained weights, instead of those of the model: 8e9"
+        "--parameters", type=count, metavar="N", help="trained weights, instead of those of the model: 8e9"
     )
     plan.add_argument(
         "--constants",
         metavar="FILE",
         help="rates: a file of `pretrain offload probe --save`, or the name of stated ones",
     )
+    plan.add_argument("--device-memory", type=positive, metavar="GIB", help="of a device (default: room for 3 buffers)")
     plan.add_argument(
-        "--device-memory", type=_positive, metavar="GIB", help="of a device (default: room for 3 buffers)"
+        "--activations", type=positive, metavar="GIB", default=20.0, help="at their peak (default: %(default)g)"
     )
+    plan.add_argument("--tokens", type=count, metavar="N", default=0, help="of a rank's last micro-batch (default: 0)")
     plan.add_argument(
-        "--activations", type=_positive, metavar="GIB", default=20.0, help="at their peak (default: %(default)g)"
-    )
-    plan.add_argument("--tokens", type=_count, metavar="N", default=0, help="of a rank's last micro-batch (default: 0)")
-    plan.add_argument(
-        "--tflops", type=_positive, metavar="N", default=400.0, help="of the model on a device (default: %(default)g)"
+        "--tflops", type=positive, metavar="N", default=400.0, help="of the model on a device (default: %(default)g)"
     )
     plan.add_argument("--subgroups", action="store_true", help="print a line for each subgroup")
     plan.add_argument("--json", action="store_true", help="print exact numbers as JSON")
     text = "measure the rates that plans are computed from: link, CPU update, device update"
     probe = actions.add_parser("probe", help=text, description=text)
     probe.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else cpu)")
-    probe.add_argument("--threads", type=_count, metavar="N", help="of the CPU's update (default: as torch has)")
-    probe.add_argument("--seconds", type=_positive, default=5.0, help="time to spend, about (default: %(default)g)")
+    probe.add_argument("--threads", type=_threads, metavar="N", help="of the CPU's update (default: as torch has)")
+    probe.add_argument("--seconds", type=positive, default=5.0, help="time to spend, about (default: %(default)g)")
     probe.add_argument(
         "--save", metavar="FILE", help="write them as JSON, for `pretrain offload plan --constants FILE`"
     )
@@ -76,7 +78,7 @@ def _plan(args: Namespace) -> int:
     from pretrain.optim.offload.predict import DEFAULT_CONSTANTS
     from pretrain.planning.offload import GIB, Device, case_of, load_constants, outcome, to_json, window_of
 
-    name = args.constants or DEFAULT_CONSTANTS
+    name = DEFAULT_CONSTANTS if args.constants is None else args.constants
     constants, source = load_constants(name)
     case = case_of(_judged(args), args.parameters)
     device = None
@@ -93,14 +95,18 @@ def _plan(args: Namespace) -> int:
 
 def _judged(args: Namespace) -> Judgement:
     """The configuration with offloading on, judged; faults are in the judgement."""
-    import os
-
     from pretrain.config.check import judge
-    from pretrain.config.compose import compose_leniently, resolve_paths
+    from pretrain.config.compose import compose_leniently, parse_override, resolve_paths
     from pretrain.config.freeze import extend
 
     overrides = list(args.overrides)
-    is_run = bool(overrides) and "=" not in overrides[0] and os.path.isdir(overrides[0])
+    is_run = bool(overrides) and "=" not in overrides[0]
+    if is_run and not os.path.isdir(overrides[0]):
+        raise ValueError(
+            f"{overrides[0]}: no such folder; expected a run directory, or group=option and key.path=value"
+        )
+    for override in overrides[is_run:]:
+        parse_override(override)
     if not any(override.startswith(_ENABLED) for override in overrides):
         overrides.append(f"{_ENABLED}=true")
     if is_run:
@@ -200,13 +206,14 @@ def _kernel(args: Namespace) -> int:
 
 def _probe(args: Namespace) -> int:
     from dataclasses import asdict
-    from pathlib import Path
 
     import torch
 
     from pretrain.optim.offload.probe import probe, save_constants
 
     device = _device(torch.cuda.is_available(), torch.cuda.device_count(), args.device)
+    if args.save is not None:
+        _check_writable(Path(args.save))
     constants = probe(torch.device(device), seconds=args.seconds, threads=args.threads)
     if args.save is not None:
         save_constants(Path(args.save), constants, torch.device(device), threads=args.threads)
@@ -255,19 +262,29 @@ def _scales() -> dict[str, tuple[float, str]]:
     }
 
 
-def _count(text: str) -> int:
-    """A whole number that may be written 8e9."""
-    value = _positive(text)
-    if value != int(value):
-        raise ArgumentTypeError(f"found {text}, expected a whole number such as 8e9")
-    return int(value)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ArgumentTypeError(f"found {text}, expected a number above 0")
+def _threads(text: str) -> int:
+    value = count(text)
+    if value > MOST_THREADS:
+        raise ArgumentTypeError(f"found {text}, expected at most {MOST_THREADS} threads on this machine")
     return value
+
+
+def _check_writable(path: Path) -> None:
+    """Make the folder of ``path``, before anything is measured.
+
+    Raises:
+        ValueError: a file cannot be written there.
+    """
+    found = None
+    if path.is_dir() or not path.name:
+        found = "is a folder"
+    else:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            found = f"its folder cannot be made ({error.strerror})"
+        else:
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                found = "its folder cannot be written"
+    if found is not None:
+        raise ValueError(f"--save {path}: {found}; expected the name of a file in a folder that can be written")

@@ -164,8 +164,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
 def _forget_settings_of_what_was_switched_off(
     tree: dict[str, Any], frozen_tree: Mapping[str, Any], overridden: set[str]
 ) -> None:
-    """``optimizer.offload.enabled=false`` alone is enough: the block's other fields, which nothing would read, go back to
-    their defaults unless they are overridden too."""
+    """``optimizer.offload.enabled=false`` alone is enough: the block's other fields, which nothing would read, go back
+    to their defaults unless they are overridden too."""
     path = "optimizer.offload"
     before, after = ((t.get("optimizer") or {}).get("offload") for t in (frozen_tree, tree))
     if isinstance(before, Mapping) and isinstance(after, dict) and before.get("enabled") and not after.get("enabled"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -37,6 +38,8 @@ COUNT: Final = Range(low=0)
 POSITIVE: Final = Range(low=0, is_low_open=True)
 BETA: Final = Range(low=0, high=1, is_high_open=True)
 SHARE: Final = Range(low=0, high=1)
+MOST_THREADS: Final = max(64, 4 * (os.cpu_count() or 1))
+"""Of one pool; more would only wait for each other, and the system may start no more."""
 
 RANGES: Final[dict[str, Range]] = {
     "run.seed": COUNT,
@@ -67,7 +70,7 @@ RANGES: Final[dict[str, Range]] = {
     "optimizer.offload.resident_fraction": SHARE,
     "optimizer.offload.subgroup_size": POSITIVE_COUNT,
     "optimizer.offload.host_memory_gib": POSITIVE,
-    "optimizer.offload.cpu_threads": POSITIVE_COUNT,
+    "optimizer.offload.cpu_threads": Range(low=1, high=MOST_THREADS),
     "optimizer.offload.replan_interval": COUNT,
     "optimizer.offload.timeline_interval": COUNT,
     "engine.reduce_bucket_size": POSITIVE_COUNT,

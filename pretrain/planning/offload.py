@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,12 +10,14 @@ from typing import Any, Final
 from pretrain.config.check import Judgement
 from pretrain.config.launch_schema import SlurmConfig
 from pretrain.config.layout import data_parallel_size, model_parallel_size
-from pretrain.config.schema import DeepSpeedConfig, OffloadConfig, OptimizerConfig
+from pretrain.config.schema import Config, DeepSpeedConfig, OffloadConfig, OptimizerConfig
 from pretrain.config.violation import InvalidConfigError
+from pretrain.optim.offload.arguments import check_number
 from pretrain.optim.offload.constants import Constants, Widths, Window
+from pretrain.optim.offload.constants_file import read_constants
 from pretrain.optim.offload.host_memory import widths_of
 from pretrain.optim.offload.plan import SLOTS, Planned
-from pretrain.optim.offload.predict import STATED, Arm, Prediction, predict
+from pretrain.optim.offload.predict import STATED, SUMMED, Arm, Prediction, predict
 from pretrain.optim.offload.schedule import Place
 
 GIB: Final = 2**30
@@ -26,9 +26,6 @@ STOCK_BYTES: Final = 18
 and a BF16 copy."""
 PUBLISHED: Final = "published-h100"
 STATED_NAMES: Final = (*STATED, PUBLISHED)
-_ANEW: Final = "write it anew with `pretrain offload probe --save FILE`"
-_GRADIENT: Final = 4
-"""Bytes: both engines sum gradients in FP32."""
 _NODES: Final = ("optimizer", "engine", "train", "launcher")
 
 
@@ -93,7 +90,9 @@ def case_of(judgement: Judgement, parameters: int | None) -> Case:
         ValueError: the model states no number of parameters.
     """
     nodes = _NODES if parameters is not None else (*_NODES, "model")
-    faults = [v for v in judgement.violations if v.path.partition(".")[0].partition("[")[0] in nodes]
+    # What is no node of a configuration is a mistake in writing.
+    passed_over = {f.name for f in fields(Config)} - set(nodes)
+    faults = [v for v in judgement.violations if v.path.partition(".")[0].partition("[")[0] not in passed_over]
     if faults:
         raise InvalidConfigError(faults)
     config = judgement.config
@@ -146,7 +145,7 @@ def window_of(case: Case, device: Device | None) -> Window:
         kept = 0 if isinstance(resident, str) or not resident else int(resident * case.elements) + largest // 2 + 1
         held = SLOTS * largest + min(kept, case.elements)
         return Window(device_bytes=held * case.widths.state, host_bytes=host_bytes)
-    weights, gradients = case.weights * case.widths.weight, case.gradients * _GRADIENT
+    weights, gradients = case.weights * case.widths.weight, case.gradients * SUMMED
     free = device.memory - weights - gradients - device.activations
     if free < 0:
         raise ValueError(
@@ -166,6 +165,7 @@ def outcome(case: Case, constants: Constants, window: Window) -> Outcome:
         ValueError: memory does not hold what was asked for, with the numbers.
     """
     offload = case.offload
+    check_number(case.elements, offload.subgroup_size)
     prediction = predict(
         {"weights": (1, case.part)},
         constants,
@@ -200,30 +200,14 @@ def load_constants(name: str) -> tuple[Constants, str]:
         source = "fitted to figures that others published for 4 H100 of one node, not measured on this machine"
         return fitted_with_slowdown().constants(), source
     try:
-        content = json.loads(Path(name).read_text())
+        constants, about = read_constants(Path(name))
     except OSError as error:
         raise ValueError(
-            f"--constants {name}: {error.strerror}; expected a file of `pretrain offload probe --save FILE`, or one of"
-            f" {', '.join(STATED_NAMES)}"
+            f"--constants {name or repr(name)}: {error.strerror}; expected a file of"
+            f" `pretrain offload probe --save FILE`, or one of {', '.join(STATED_NAMES)}"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"--constants {name} is no JSON ({error}); {_ANEW}") from error
-    content = content if isinstance(content, dict) else {}
-    found, about = content.get("constants", content), content.get("measured", {})
-    names = [f.name for f in fields(Constants)]
-    if not isinstance(found, dict) or any(not _is_rate(found.get(key), key == "latency") for key in names):
-        raise ValueError(f"--constants {name}: expected positive numbers {', '.join(names)}; {_ANEW}")
-    measured = (
-        [str(about[key]) for key in ("host", "device", "date") if key in about] if isinstance(about, dict) else []
-    )
-    source = f"measured ({', '.join(measured)})" if measured else "from a file"
-    return Constants(**{key: float(found[key]) for key in names}), source
-
-
-def _is_rate(value: object, may_be_zero: bool) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return False
-    return value > 0 or (may_be_zero and value == 0)
+    measured = [str(about[key]) for key in ("host", "device", "date") if key in about]
+    return constants, f"measured ({', '.join(measured)})" if measured else "from a file"
 
 
 def to_json(found: Outcome, source: str) -> dict[str, Any]:

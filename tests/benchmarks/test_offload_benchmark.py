@@ -163,6 +163,8 @@ def test_goals_are_judged_by_medians_and_only_where_measured() -> None:
     measured = keyed(
         cell("zero3_offload", "4b", 2048, update=300.0, iteration=400.0),
         cell("engine_overlap", "4b", 2048, update=60.0, iteration=330.0),
+        cell("engine_resident", "4b", 2048, update=5.0, iteration=300.0),
+        cell("torch_resident", "4b", 32768, update=5.0, iteration=1010.0),
         cell("zero3", "4b", 32768, update=5.0, iteration=1000.0),
         cell("torch_overlap", "4b", 32768, update=30.0, iteration=1080.0),
     )
@@ -170,6 +172,14 @@ def test_goals_are_judged_by_medians_and_only_where_measured() -> None:
     assert [": reached, 5.00x" in lines[0], ": NOT reached, 1.21x" in lines[1], ": reached, 1.08x" in lines[2]] == [
         True
     ] * 3
+    # Times of a step that computes something else are none to judge by.
+    other = measured | keyed(cell("engine_overlap", "4b", 2048, update=60.0, iteration=330.0, losses=[5.0, 3.5]))
+    lines = list(table.goals(other))
+    assert all(": not judged, losses differ" in line for line in lines[:2])
+    assert "reached" not in "".join(lines[:2])
+    assert ": reached" in lines[2]
+    alone = {key: c for key, c in measured.items() if key != "4b/2048/engine_resident"}
+    assert all(": not judged, losses were not compared" in line for line in list(table.goals(alone))[:2])
     del measured["4b/2048/zero3_offload"]
     assert [line.rsplit(": ", 1)[1] for line in table.goals(measured)][:2] == ["not measured", "not measured"]
     # A function check is no measurement.

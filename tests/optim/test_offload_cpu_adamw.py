@@ -255,6 +255,28 @@ def test_an_unusable_cache_falls_back_to_a_temporary_folder(
         kernel_build.build()
 
 
+def test_a_folder_in_which_compiling_or_loading_fails_is_passed_over(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    real = quick_compiler(tmp_path)
+    full = f'case "$*" in *{fresh_build}*) echo "error: No space left on device" >&2; exit 1;; esac\nexec {real} "$@"'
+    monkeypatch.setenv("CXX", compiler_script(tmp_path / "full", full))
+    path = kernel_build.build()
+    assert tmp_path / "second" in path.parents
+    # Damaged, or where nothing may be executed: the next folder.
+    path.write_bytes(b"no library")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel_build.load().adamw_best_level() >= 0
+    assert list((tmp_path / "temporary").glob("pretrain-kernels-*/adamw-*.so"))
+    monkeypatch.setattr(kernel_build, "cache_folders", lambda: [fresh_build, path.parent])
+    with pytest.raises(kernel_build.KernelUnavailable, match=r"No space left on device.*cannot be loaded"):
+        kernel_build.load()
+
+
 def test_another_compiler_or_source_makes_another_library(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

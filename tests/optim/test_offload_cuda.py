@@ -1,6 +1,5 @@
 """The device on a GPU: its logic on threads in place of streams everywhere, the device itself where there is a GPU."""
 
-import ctypes
 import gc
 import random
 import threading
@@ -13,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.threaded_device import ThreadDevice, ThreadStreams
 
-from pretrain.optim.offload.cuda import CudaDevice
+from pretrain.optim.offload.cuda import CudaDevice, CudaStreams
 from pretrain.optim.offload.issuing import Issuer
-from pretrain.optim.offload.pinned import registered_memory
 from pretrain.optim.offload.schedule import Kind, Operation
 from pretrain.optim.offload.trials import go_beside, go_inline, random_training, random_way
 
@@ -203,6 +201,31 @@ def test_threads_keep_no_tensor_of_work_that_is_done(issuer):
     assert gone() is None
 
 
+def test_every_thread_enters_before_its_first_work(streams):
+    log = []
+    streams.enter = lambda: log.append(("enter", threading.current_thread()))
+    issuer = Issuer(streams)
+    on_cpu = issuer.run(CPU, [], lambda: log.append(("work", threading.current_thread())))
+    on_cpu.issued.wait()
+    assert [what for what, _ in log] == ["enter", "work"]
+    assert log[0][1] is log[1][1] is not threading.current_thread()
+
+
+def test_a_thread_that_cannot_enter_refuses_its_work(streams):
+    streams.enter = _fails
+    issuer = Issuer(streams)
+    with pytest.raises(FloatingPointError, match="of the kernel"):
+        issuer.finish([issuer.run(CPU, [], lambda: None)])
+
+
+def test_a_thread_of_cuda_enters_at_the_device_of_the_model(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    CudaStreams(torch.device("cuda", 3)).enter()
+    assert chosen == [torch.device("cuda", 3)]
+
+
 def test_threads_end_with_the_device(streams):
     issuer = Issuer(streams)
     serving = []
@@ -212,37 +235,6 @@ def test_threads_end_with_the_device(streams):
     gc.collect()
     serving[0].join(timeout=60)
     assert not serving[0].is_alive()
-
-
-def test_registered_memory_is_unregistered_once_and_while_it_is_still_there():
-    calls = []
-
-    def register(address, num_bytes):
-        calls.append(("register", address, num_bytes))
-        return True
-
-    def unregister(address):
-        # Reading what is unmapped would end the process.
-        calls.append(("unregister", address, ctypes.string_at(address, 3)))
-
-    memory = registered_memory(5000, register, unregister)
-    assert memory.shape == (5000,)
-    assert memory.data_ptr() == calls[0][1]
-    assert memory.data_ptr() % 4096 == 0
-    view = memory[:3]
-    view.fill_(7)
-    del memory
-    assert len(calls) == 1
-    address = view.data_ptr()
-    del view
-    assert calls == [("register", address, 5000), ("unregister", address, b"\x07\x07\x07")]
-
-
-def test_memory_that_cannot_be_registered_is_given_back():
-    def unregister(address):
-        raise AssertionError("was never registered")
-
-    assert registered_memory(100, lambda address, num_bytes: False, unregister) is None
 
 
 class _ModelOnGpu(CudaDevice):

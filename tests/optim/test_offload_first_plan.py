@@ -15,7 +15,8 @@ from support.clocked_device import (
     offload_config,
 )
 
-from pretrain.optim.offload import online
+from pretrain.optim.offload import online, states
+from pretrain.optim.offload.choose import choose_plan
 from pretrain.optim.offload.schedule import Place, Plan
 from pretrain.optim.offload.states import OffloadedStates
 
@@ -58,6 +59,32 @@ def test_the_first_plan_does_as_it_is_told(free: Callable[[int], None]) -> None:
     free(2 * STATE)
     with pytest.raises(ValueError, match="lower resident_fraction"):
         _first(fraction=0.5, resident_fraction=0.3)
+
+
+def _fails_on_one(rank: int, size: int, failing: int) -> str:
+    def choose(shape: Any, config: Any, device: Any) -> Plan:
+        if rank == failing:
+            raise ValueError("resident_fraction does not fit into 3 GiB of device memory")
+        return choose_plan(shape, config, device)
+
+    before, states.choose_plan = states.choose_plan, choose
+    try:
+        OffloadedStates([torch.ones(SIZE)], [0], offload_config(), gradient_dtype=torch.float32)
+    except ValueError as error:
+        return str(error)
+    finally:
+        states.choose_plan = before
+    return "none"
+
+
+def test_no_rank_waits_for_one_that_has_no_plan(worker_pools: Any) -> None:
+    told = worker_pools(2).run(_fails_on_one, 1)
+    assert told == [
+        "rank 1: resident_fraction does not fit into 3 GiB of device memory",
+        "resident_fraction does not fit into 3 GiB of device memory",
+    ]
+    assert worker_pools(2).run(_fails_on_one, -1) == ["none", "none"]
+    assert worker_pools(1).run(_fails_on_one, 0) == ["resident_fraction does not fit into 3 GiB of device memory"]
 
 
 @pytest.mark.parametrize(

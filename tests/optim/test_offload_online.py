@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,33 @@ def test_no_room_for_what_is_asked_keeps_the_plan() -> None:
     assert run.journal[0]["changed"] is False
 
 
+def test_no_memory_for_a_better_plan_keeps_the_plan_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ClockedDevice(TRUTH)
+    run = Run(device, plan_of(), offload_config(replan_interval=10, overlap=False, resident_fraction=0.0))
+    run.step(20, early=False)
+    plan = run.states.plan
+    run.journal.clear()
+    rooms = iter([None])
+
+    def short_of(give: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+        def short(num_bytes: int) -> torch.Tensor:
+            if next(rooms, num_bytes) is None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return give(num_bytes)
+
+        return short
+
+    # Whatever the new plan needs first, on either side.
+    for side in ("empty_device", "empty_host"):
+        monkeypatch.setattr(device, side, short_of(getattr(device, side)))
+    device.truth = SLOW_LINK
+    run.step(10, early=False)
+    assert run.journal[0]["changed"] is False
+    assert run.journal[0]["error"] == "CUDA out of memory"
+    assert run.states.plan == plan
+    run.step(20, early=False)  # and by the next look there is memory, or the plan stays: training goes on
+
+
 # --- a device that the host runs ahead of
 
 
@@ -201,6 +229,7 @@ def test_steps_on_queues_that_run_side_by_side_are_put_together() -> None:
         for step in range(1, 6):
             states.start_early()
             states.update([torch.ones(SIZE)], SETTINGS, step)
+        device.settle()  # the model's queue too, whose marks bound the step
         watcher.close()
         assert watcher.last is not None
         number, measured, predicted = watcher.last

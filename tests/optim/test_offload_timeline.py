@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from pretrain.optim.offload.timeline import (
     predicted_side,
     write_trace,
 )
-from pretrain.optim.offload.timeline_plot import plot_timeline
+from pretrain.optim.offload.timeline_plot import _COLORS, plot_timeline
 
 CONSTANTS = Constants(50e9, 48e9, 44e9, 43e9, 0.85, 2.2e9, 1.7e9, 8e10)
 WIDTHS = Widths()
@@ -143,3 +145,34 @@ def test_the_picture_has_both_panels(tmp_path: Path) -> None:
     plot_timeline(both, [measured, predicted], title="step 7")
     plot_timeline(one, [measured], title="step 7")
     assert matplotlib.image.imread(both).shape[0] > 1.5 * matplotlib.image.imread(one).shape[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_slice_overlaps_its_neighbour_by_a_nanosecond(tmp_path: Path, seed: int) -> None:
+    pick = random.Random(seed)
+    subgroups, plan = _planned()
+    constants = dataclasses.replace(CONSTANTS, h2d=pick.uniform(2e10, 6e10), cpu_adam=pick.uniform(1e9, 3e9))
+    side = predicted_side(plan, subgroups, constants, WIDTHS, WINDOW)
+    path = tmp_path / "trace.json"
+    write_trace(path, [side], subgroups, WIDTHS, rank=0, step=1)
+    tracks: dict[int, list[tuple[int, int]]] = {}
+    for event in json.loads(path.read_text())["traceEvents"]:
+        if event["ph"] == "X":
+            begin = round(event["ts"] * 1000)
+            tracks.setdefault(event["tid"], []).append((begin, begin + round(event["dur"] * 1000)))
+    for slices in tracks.values():
+        for (_, end), (begin, _) in itertools.pairwise(sorted(slices)):
+            assert end <= begin
+
+
+def test_operations_shorter_than_a_pixel_are_seen(tmp_path: Path) -> None:
+    subgroups = cut_subgroups([Target(2_000_000_000, 0)], 100_000_000)
+    plan = make_plan(subgroups, CONSTANTS, WIDTHS, WINDOW, fraction=1.0, resident_fraction=0.0, overlap=False).plan
+    side = predicted_side(plan, subgroups, CONSTANTS, WIDTHS, Window())
+    path = tmp_path / "timeline.png"
+    plot_timeline(path, [side], title="")
+    pixels = matplotlib.image.imread(path)[..., :3]
+    green = [int(_COLORS[Kind.DEVICE_UPDATE][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    # Below the legend's patch there is one of that color for each operation, at least a pixel wide.
+    rows = (abs(pixels - green) < 0.12).all(axis=2)[: int(0.7 * len(pixels))]
+    assert rows.any(axis=0).sum() >= len(plan.streamed)

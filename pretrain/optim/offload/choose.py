@@ -76,16 +76,27 @@ def _share(value: str | float) -> float:
     return 0.0 if isinstance(value, str) else float(value)
 
 
-def require_on_every_rank(needed: dict[str, int], limit_gib: float | None, *, pinned: bool) -> None:
+def require_on_every_rank(
+    needed: dict[str, int], limit_gib: float | None, *, pinned: bool, failure: Exception | None = None
+) -> None:
     """Refuse, on all ranks together and before any of them allocates, what does not fit into host memory. Collective
     over the default group where there is one.
 
+    Args:
+        failure: why this rank has no plan; then no rank goes on.
+
     Raises:
-        ValueError: it does not fit here, or on another rank's host.
+        ValueError: it does not fit here, or on another rank's host; another rank failed.
+        Exception: ``failure``.
     """
-    if world_size() == 1:
+    if failure is None and world_size() == 1:
         require_host_memory(needed, limit_gib=limit_gib, ranks_on_host=1, pinned=pinned)
         return
+    plans = gather_objects(None if failure is None else f"{failure}")
+    if failure is not None:
+        raise failure
+    if failures := {f"rank {rank}: {text}": None for rank, text in enumerate(plans) if text is not None}:
+        raise ValueError("\n".join(failures))
     totals = gather_objects((socket.gethostname(), sum(needed.values())))
     mine = sum(total for host, total in totals if host == socket.gethostname())
     fault = None

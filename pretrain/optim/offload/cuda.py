@@ -60,6 +60,10 @@ class CudaStreams:
     def stream(self, queue: Queue | None) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device) if queue is None else self._streams[queue]
 
+    def enter(self) -> None:
+        # A new thread is at the process's first GPU: it would make a context there, of some hundred MiB.
+        torch.cuda.set_device(self._device)
+
     def on(self, queue: Queue) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._streams[queue])
 

@@ -47,13 +47,21 @@ class CudaMemory:
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """What may be allocated on ``device`` now, less the margin: free by CUDA, or cached by torch and not in use. Of the
-    host in a device's place: its free memory."""
+    """What may be allocated on ``device`` now, less the margin: free by CUDA, or in whole segments that torch's caching
+    allocator could give back. Of the host in a device's place: its free memory.
+
+    Not counted is what was freed but another stream may still use (``record_stream``; *active* to the allocator until
+    that stream is through), nor free parts of segments in use (*inactive split*), which serve one stream and may be too
+    small each.
+    """
     if device.type != "cuda":
         return available_host_bytes() or 0
     free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + cached - margin_bytes(total))
+    stats = torch.cuda.memory_stats(device)
+    cached, active, split = (
+        stats.get(f"{name}_bytes.all.current", 0) for name in ("reserved", "active", "inactive_split")
+    )
+    return max(0, free + max(0, cached - active - split) - margin_bytes(total))
 
 
 def margin_bytes(total: int) -> int:

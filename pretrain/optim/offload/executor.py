@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from pretrain.optim.offload.schedule import (
     update_operations,
 )
 from pretrain.optim.offload.subgroups import Segment
+
+logger = logging.getLogger(__name__)
 
 
 class Executor:
@@ -44,47 +47,84 @@ class Executor:
 
     def set_plan(self, plan: Plan) -> None:
         """Go on by another plan, of which ``memory`` knows; nothing may be under way."""
-        self._plan = plan
         self._order = Order()
         self._early: dict[int, Event] = {}
         self._to_come: list[Operation] = []
         self._sent: dict[int, Event] = {}
         self._released: list[Event] = []
+        self._is_full = False
+        self._follow(plan)
+
+    def _follow(self, plan: Plan) -> None:
+        self._plan = plan
         partly = {i for i, storage in enumerate(self._memory.shape.storages) if storage is not Storage.FULL}
         self._operations = update_operations(
             plan, self._subgroups, host_weights=self._device.host_weights, weight_down=partly
         )
         self._last_flush = {o.buffer: o for o in self._operations if o.kind is Kind.FLUSH}
 
+    @property
+    def plan(self) -> Plan:
+        """The plan that is followed: that of :meth:`set_plan`, or one with less early state."""
+        return self._plan
+
     def start_early(self) -> None:
         """Bring state to the device while the last backward pass goes on: what has buffers, and of the rest what there
         is memory for now."""
-        if self._early or self._to_come:
+        if self._early or self._to_come or not self._memory.is_complete:
             return
         self._to_come = list(early_operations(self._plan))
         self.advance_early()
 
     def advance_early(self, *, certainly: bool = False) -> None:
-        """Bring more of it, as the backward pass sets memory free; ``certainly``: all, that pass is over."""
+        """Bring more of it, as the backward pass sets memory free; ``certainly``: all, that pass is over. What there is
+        no memory for even then comes in its turn, in this and all later steps."""
         while self._to_come:
             operation = self._to_come[0]
             if missing := self._memory.missing_bytes(operation.buffer):
-                free = None if certainly else self._device.free_device_bytes()
-                if free is not None and free < missing:
+                if not certainly and not self._has_room(missing):
                     return
                 # Taken anew before those of the last step are given back, they would be there twice.
                 self._device.finish(self._released)
                 self._released = []
-                self._memory.add_early_slot(operation.buffer)
+                try:
+                    self._memory.add_early_slot(operation.buffer)
+                except torch.OutOfMemoryError:
+                    # The model had more need of it. Asking again makes the allocator wait for the device.
+                    self._is_full = True
+                    if certainly:
+                        self._give_up_early_buffers()
+                    return
             # The buffer may have been the model's a moment ago.
             marker = self._device.mark()
             self._early[operation.buffer] = self._issue(operation, marker, self._prefetch(operation))
             del self._to_come[0]
 
+    def _has_room(self, num_bytes: int) -> bool:
+        free = self._device.free_device_bytes()
+        return not self._is_full and (free is None or free >= num_bytes)
+
+    def _give_up_early_buffers(self) -> None:
+        """Go on with the ring of slots alone. What was brought beyond it is not used: its home has the same values."""
+        ring = self._plan.num_slots
+        for slot in [slot for slot in self._early if slot >= ring]:
+            self._release(slot, self._early.pop(slot))
+        self._to_come = []
+        self._memory.forget_early_slots()
+        logger.warning(
+            "offloaded optimizer state: no device memory for %d buffers of early state; from now on %d of %d streamed "
+            "subgroups come before the update",
+            self._plan.num_early - ring,
+            ring,
+            len(self._plan.streamed),
+        )
+        self._follow(self._plan.without_early_buffers())
+
     def sends_early(self, subgroup: int) -> bool:
         """Whether this gradient goes to the host as soon as it is final."""
-        is_cpu = self._plan.places[subgroup] is Place.CPU
-        return self._plan.early_gradients and is_cpu and not self._device.host_weights and subgroup not in self._sent
+        if self._device.host_weights or not self._plan.early_gradients or not self._memory.is_complete:
+            return False
+        return self._plan.places[subgroup] is Place.CPU and subgroup not in self._sent
 
     def send_gradient(self, subgroup: int, gradients: Sequence[Tensor | None]) -> None:
         """Take a CPU-updated subgroup's gradient to the host; ``gradients`` by target, final."""
@@ -111,14 +151,14 @@ class Executor:
                 of_model.append(event)
         # The model's next operations read the weights and reuse the memory of gradients.
         self._device.hold(of_model)
-        self._early, self._sent = {}, {}
+        self._early, self._sent, self._is_full = {}, {}, False
 
     def discard(self) -> None:
         """Forget what was brought early: its home has the same values. Gradients that were sent are overwritten."""
         for slot, event in self._early.items():
             self._release(slot, event)
         self._device.hold(self._sent.values())
-        self._early, self._to_come, self._sent = {}, [], {}
+        self._early, self._to_come, self._sent, self._is_full = {}, [], {}, False
 
     def synchronize(self) -> None:
         """Wait until all state is at home and nothing is under way."""

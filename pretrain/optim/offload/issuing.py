@@ -29,6 +29,10 @@ Recorded = Any
 class Streams(Protocol):
     """A stream for every queue but the CPU's, and the model's, which is the calling thread's current one (None)."""
 
+    def enter(self) -> None:
+        """Called once by every thread that gives work to streams, before the first."""
+        ...
+
     def on(self, queue: Queue) -> AbstractContextManager[Any]:
         """Within, device operations of this thread go to the queue's stream."""
         ...
@@ -149,6 +153,12 @@ class _Core:
 
 
 def _serve(core: _Core, queue: Queue, items: SimpleQueue[_Item | None]) -> None:
+    try:
+        core.streams.enter()
+    except BaseException as error:
+        # What was given to this thread is refused by it, item by item.
+        with core.lock:
+            core.error = core.error or error
     while (item := items.get()) is not None:
         core.do(item)
         with core.lock:

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("adamw.cpp")
@@ -37,6 +38,10 @@ FLAGS = (
     "-w",
 )
 COMPILE_SECONDS = 300
+
+
+class _CompileError(Exception):
+    """The compiler ended with an error."""
 
 
 class KernelUnavailable(RuntimeError):  # noqa: N818 (a state of the machine rather than an error of the caller)
@@ -80,9 +85,16 @@ def build() -> Path:
 
     Raises :class:`KernelUnavailable` without a compiler, without a folder to write to, and when compiling fails.
     """
+    reasons: list[str] = []
+    for library in _libraries(reasons):
+        return library
+    raise _unusable(reasons)
+
+
+def _libraries(reasons: list[str]) -> Iterator[Path]:
+    """The library in one folder after the other, built where it is not there; why not goes to ``reasons``."""
     compiler = find_compiler()
     name = f"adamw-{_key(compiler)}.so"
-    reasons = []
     for folder in cache_folders():
         library = folder / name
         try:
@@ -92,15 +104,23 @@ def build() -> Path:
                 reasons.append(f"{folder}: belongs to another user")
                 continue
             if library.is_file():
-                return library
+                yield library
+                continue
             with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
                 made = Path(scratch) / name
                 _compile(compiler, made)
                 os.replace(made, library)
-            return library
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
-    raise KernelUnavailable(f"no folder to build in ({'; '.join(reasons)}); set $PRETRAIN_KERNEL_CACHE to one")
+        except _CompileError as error:
+            # Whether the folder is at fault (full, over its quota) only another one tells.
+            reasons.append(f"{folder}: {error}")
+        else:
+            yield library
+
+
+def _unusable(reasons: list[str]) -> KernelUnavailable:
+    return KernelUnavailable(f"no folder to build in ({'; '.join(reasons)}); set $PRETRAIN_KERNEL_CACHE to one")
 
 
 def _key(compiler: list[str]) -> str:
@@ -125,16 +145,20 @@ def _compile(compiler: list[str], target: Path) -> None:
         raise KernelUnavailable(f"{' '.join(command)} did not finish: {error}") from error
     if answer.returncode != 0:
         lines = [line for line in answer.stderr.splitlines() if "error" in line] or answer.stderr.splitlines()
-        raise KernelUnavailable(f"{' '.join(command)} failed: {' | '.join(lines[:3]) or answer.returncode}")
+        raise _CompileError(f"{' '.join(command)} failed: {' | '.join(lines[:3]) or answer.returncode}")
 
 
 def load() -> ctypes.CDLL:
     """The library with the types of its functions declared; raises :class:`KernelUnavailable`."""
-    path = build()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelUnavailable(f"{path} cannot be loaded: {error}; delete it to build it anew") from error
+    reasons: list[str] = []
+    for path in _libraries(reasons):
+        try:
+            library = ctypes.CDLL(str(path))
+            break
+        except OSError as error:  # damaged, or in a file system from which nothing may be executed
+            reasons.append(f"{path} cannot be loaded: {error}; delete it to build it anew")
+    else:
+        raise _unusable(reasons)
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.adamw_best_level.restype = integer
     library.adamw_best_level.argtypes = []

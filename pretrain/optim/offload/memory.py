@@ -7,12 +7,16 @@ master in its storage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pretrain.optim.offload import sizes
+from pretrain.optim.offload.constants import Widths
 from pretrain.optim.offload.device import Device
 from pretrain.optim.offload.schedule import Place, Plan
 from pretrain.optim.offload.subgroups import Subgroup
@@ -67,55 +71,24 @@ class Shape:
     def state_bytes(self, subgroup: int) -> int:
         return self.subgroups[subgroup].numel * self.storages[subgroup].width
 
-    def slot_bytes(self, plan: Plan) -> dict[int, int]:
-        """Bytes by slot: the largest state that it is ever given."""
-        sizes: dict[int, int] = {}
-        for turn, subgroup in enumerate(plan.streamed):
-            slot = plan.slot(turn)
-            sizes[slot] = max(sizes.get(slot, 0), self.state_bytes(subgroup))
-        return sizes
-
-    def gradient_bytes(self, plan: Plan) -> dict[int, int]:
-        """Bytes by host buffer of gradients."""
-        sizes: dict[int, int] = {}
-        for turn, subgroup in enumerate(plan.cpu_order):
-            buffer = turn if plan.early_gradients else turn % plan.num_host_buffers
-            sizes[buffer] = max(sizes.get(buffer, 0), self.subgroups[subgroup].numel * self.gradient_dtype.itemsize)
-        return sizes
-
-    def staged_bytes(self, plan: Plan) -> dict[int, int]:
-        """Bytes by host buffer of weights."""
-        sizes: dict[int, int] = {}
-        for turn, subgroup in enumerate(plan.cpu_order):
-            buffer = turn % plan.num_host_buffers
-            sizes[buffer] = max(sizes.get(buffer, 0), self.subgroups[subgroup].numel * self.weight_width[subgroup])
-        return sizes
+    @cached_property
+    def widths(self) -> tuple[Widths, ...]:
+        """By subgroup."""
+        gradient = self.gradient_dtype.itemsize
+        return tuple(Widths(s.width, gradient, w) for s, w in zip(self.storages, self.weight_width, strict=True))
 
     def host_bytes(self, plan: Plan, *, host_weights: bool) -> dict[str, int]:
         """Bytes of host memory by what they hold; computed before anything is allocated."""
-        parts = dict.fromkeys(("moments", "master weights", "gradients", "updated weights", "buffers"), 0)
-        for subgroup, place in enumerate(plan.places):
-            if place is not Place.RESIDENT or host_weights:
-                numel = self.subgroups[subgroup].numel
-                parts["moments"] += 8 * numel
-                parts["master weights"] += (self.storages[subgroup].width - 8) * numel
-        if host_weights:
-            parts["buffers"] = sum(self.slot_bytes(plan).values())
-        else:
-            parts["gradients"] = sum(self.gradient_bytes(plan).values())
-            parts["updated weights"] = sum(self.staged_bytes(plan).values())
-        return parts
+        return sizes.host_parts(plan, self.subgroups, self.widths, host_weights=host_weights)
+
+    def leaving_bytes(self, old: Plan, new: Plan) -> int:
+        """Bytes of host memory that ``new`` no longer takes, but that are there until all else was moved."""
+        pairs = enumerate(zip(old.places, new.places, strict=True))
+        return sum(self.state_bytes(i) for i, (a, b) in pairs if a is not Place.RESIDENT and b is Place.RESIDENT)
 
     def device_bytes(self, plan: Plan) -> dict[str, int]:
         """Bytes of device memory by what they hold; early buffers only from the last backward to the next forward."""
-        slots = self.slot_bytes(plan)
-        return {
-            "resident state": sum(
-                self.state_bytes(i) for i, place in enumerate(plan.places) if place is Place.RESIDENT
-            ),
-            "buffers": sum(size for slot, size in slots.items() if slot < plan.num_slots),
-            "early buffers": sum(size for slot, size in slots.items() if slot >= plan.num_slots),
-        }
+        return sizes.device_parts(plan, self.subgroups, self.widths)
 
 
 class Memory:
@@ -133,6 +106,8 @@ class Memory:
             home.zero_()
             self._homes[subgroup.index] = home
         self._set_buffers(plan)
+        self._missing: Plan | None = None
+        """Whose buffers are gone and could not be made again."""
 
     def home(self, subgroup: int) -> Tensor:
         """The block where a subgroup's state lives, on the host or (resident) on the device."""
@@ -155,6 +130,10 @@ class Memory:
         """Device memory for early state beyond the ring of slots."""
         self._slots[number] = self._device.empty_device(self._early[number])
 
+    def forget_early_slots(self) -> None:
+        """There will be no more of them; those that are there were taken by :meth:`take_early_slot`."""
+        self._early.clear()
+
     @property
     def early_bytes(self) -> int:
         """Device memory that slots beyond the ring have now."""
@@ -172,26 +151,63 @@ class Memory:
         return self._staged[buffer][: numel * dtype.itemsize].view(dtype)
 
     def replan(self, old: Plan, new: Plan) -> None:
-        """Move homes and make buffers anew; nothing may be under way."""
-        for subgroup in range(len(self.shape.subgroups)):
-            if (old.places[subgroup] is Place.RESIDENT) != (new.places[subgroup] is Place.RESIDENT):
-                home = self._empty_home(subgroup, new.places[subgroup])
-                home.copy_(self._homes[subgroup])
-                self._homes[subgroup] = home
-        # First gone, then made: both need not fit at once.
+        """Move homes and make buffers anew; nothing may be under way.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it. All is as before, except that buffers may be left to
+                :meth:`complete`.
+        """
+        # First gone, then made: both need not fit at once. Homes stay until nothing can fail any more.
+        self._drop_buffers()
+        homes = {}
+        try:
+            for subgroup in range(len(self.shape.subgroups)):
+                if (old.places[subgroup] is Place.RESIDENT) != (new.places[subgroup] is Place.RESIDENT):
+                    homes[subgroup] = self._empty_home(subgroup, new.places[subgroup])
+                    homes[subgroup].copy_(self._homes[subgroup])
+            self._set_buffers(new)
+        except BaseException:
+            homes.clear()
+            self._drop_buffers()
+            self._missing = old
+            with suppress(torch.OutOfMemoryError):
+                self.complete()
+            raise
+        self._homes |= homes
+        self._missing = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self._missing is None
+
+    def complete(self) -> None:
+        """Make buffers that are missing since :meth:`replan` failed.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for them; they are missing still.
+        """
+        if self._missing is not None:
+            try:
+                self._set_buffers(self._missing)
+            except BaseException:
+                self._drop_buffers()
+                raise
+            self._missing = None
+
+    def _drop_buffers(self) -> None:
         self._slots, self._gradients, self._staged = {}, {}, {}
-        self._set_buffers(new)
 
     def _empty_home(self, subgroup: int, place: Place) -> Tensor:
         size = self.shape.state_bytes(subgroup)
         return self._device.empty_device(size) if place is Place.RESIDENT else self._device.empty_host(size)
 
     def _set_buffers(self, plan: Plan) -> None:
-        slots = self.shape.slot_bytes(plan)
+        given = plan, self.shape.subgroups, self.shape.widths
+        slots = sizes.slot_bytes(*given)
         self._early = {number: size for number, size in slots.items() if number >= plan.num_slots}
         self._slots = {n: self._device.empty_device(size) for n, size in slots.items() if n < plan.num_slots}
         if not self._device.host_weights:
-            gradients, staged = self.shape.gradient_bytes(plan), self.shape.staged_bytes(plan)
+            gradients, staged = sizes.gradient_bytes(*given), sizes.staged_bytes(*given)
             self._gradients = {number: self._device.empty_host(size) for number, size in gradients.items()}
             self._staged = {number: self._device.empty_host(size) for number, size in staged.items()}
 

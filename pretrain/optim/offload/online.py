@@ -368,11 +368,11 @@ class Online:
             )
             is_better = planned.timeline.exposed_s < (1 - GAIN) * present.exposed_s
             fits = self._lasting_bytes() <= window.device_bytes
-            if planned.plan == self._plan or (fits and not is_better):
+            if self._states.adapted(planned.plan) == self._plan or (fits and not is_better):
                 self._tell({**told, "changed": False, "after_s": present.exposed_s})
                 return
             self._states.replan(planned.plan)
-        except ValueError as error:  # no room for what is asked for: nothing was changed
+        except (ValueError, torch.OutOfMemoryError) as error:  # no room for it: the plan is as it was
             self._tell({**told, "changed": False, "after_s": present.exposed_s, "error": str(error)})
             return
         self.replans += 1

@@ -2,13 +2,15 @@
 
 That allocator rounds every block up to a power of two (pytorch/pytorch#95823), up to twice what was asked for, and
 keeps what is freed. Here ordinary memory of the size asked for, in huge pages where the kernel grants them, is
-registered, and unregistered when the last view of it is gone.
+registered, and unregistered when the last view of it is gone. Forked processes (workers of a data loader) do not have
+it: copied on write, its pages would be the process's own no longer, while the GPU still uses them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,17 +33,23 @@ def registered_memory(
         None where registering did not work: the memory is given back.
     """
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with suppress(OSError):  # a kernel without it
+                memory.madvise(getattr(mmap, advice))
     exporter = weak_buffer(memory)
     address = ctypes.addressof(exporter)
     if not register(address, num_bytes):
         return None
     # The tensor holds the exporter and that holds the mapping: this comes before the memory is unmapped. At the end of
     # the process the driver does it by itself.
-    weakref.finalize(exporter, unregister, address).atexit = False
+    weakref.finalize(exporter, _by_owner, os.getpid(), unregister, address).atexit = False
     return torch.frombuffer(exporter, dtype=torch.uint8)
+
+
+def _by_owner(owner: int, unregister: Callable[[int], None], address: int) -> None:
+    if os.getpid() == owner:  # a forked process has neither the memory nor the driver
+        unregister(address)
 
 
 def weak_buffer(memory: mmap.mmap | bytearray) -> Any:

@@ -40,17 +40,21 @@ class Problem:
 def make_plan_of(
     problem: Problem, device_order: Sequence[int], cpu_order: Sequence[int], resident: set[int], num_slots: int
 ) -> Plan:
-    """The plan with these orders; early buffers and early gradients as memory and time allow."""
+    """The plan with these orders; buffers, up to ``num_slots``, early ones and early gradients as memory and time
+    allow."""
     places = [Place.CPU] * len(problem.subgroups)
     for subgroup in device_order:
         places[subgroup] = Place.RESIDENT if subgroup in resident else Place.STREAM
     streamed = [i for i in device_order if i not in resident]
+    space = problem.window.device_bytes - problem.elements(resident) * problem.widths.state
+    while num_slots > 1 and ring_bytes(problem, streamed, num_slots) > space:
+        num_slots -= 1
     plan = Plan(
         places=tuple(places),
         device_order=tuple(device_order),
         cpu_order=tuple(cpu_order),
         num_slots=num_slots,
-        num_early=early_count(problem, streamed, num_slots, problem.elements(resident) * problem.widths.state),
+        num_early=early_count(problem, streamed, num_slots, space),
         num_host_buffers=max(1, min(HOST_BUFFERS, len(cpu_order))),
         early_gradients=problem.early and not problem.host_weights and bool(cpu_order),
     )
@@ -63,15 +67,20 @@ def make_plan_of(
     return plan
 
 
-def early_count(problem: Problem, streamed: Sequence[int], num_slots: int, resident_bytes: int) -> int:
+def ring_bytes(problem: Problem, streamed: Sequence[int], num_slots: int) -> int:
+    """Bytes of ``num_slots`` buffers that ``streamed`` goes through in turn, each as large as the largest it holds."""
+    sizes = [problem.state_bytes(i) for i in streamed]
+    return sum(max(sizes[slot::num_slots], default=0) for slot in range(num_slots))
+
+
+def early_count(problem: Problem, streamed: Sequence[int], num_slots: int, space: int) -> int:
     """How many of the first streamed subgroups are prefetched in the last backward pass: what arrives in its time, the
-    last maybe in part, and AHEAD more, as far as they fit in the memory free then beside resident state and the ring of
-    ``num_slots`` buffers."""
+    last maybe in part, and AHEAD more, as far as they fit beside the ring of ``num_slots`` buffers in ``space`` bytes
+    and the memory that is free then."""
     if not problem.early or problem.window.backward_s <= 0 or not streamed:
         return 0
     arriving = problem.window.backward_s * problem.constants.h2d
-    ring = num_slots * max(problem.state_bytes(i) for i in streamed)
-    space = problem.window.early_bytes + max(0, problem.window.device_bytes - resident_bytes - ring)
+    space = problem.window.early_bytes + max(0, space - ring_bytes(problem, streamed, num_slots))
     count, moved, beside, ahead = 0, 0, 0, 0
     for turn, subgroup in enumerate(streamed):
         size = problem.state_bytes(subgroup)

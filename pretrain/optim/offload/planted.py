@@ -164,6 +164,25 @@ class _TakenTooSoon(Executor):
         return event
 
 
+class _CpuSideUnmarked(Executor):
+    """The CPU's side is ordered after the gradients it was sent, not after the end of the backward pass."""
+
+    def _issue(self, operation: Operation, marker: Event, work: Callable[[], None]) -> Event:
+        if operation.kind not in (Kind.WEIGHT_DOWN, Kind.CPU_UPDATE, Kind.WEIGHT_UP):
+            return super()._issue(operation, marker, work)
+        event = self._device.run(operation, self._order.waits(operation), work)
+        self._order.issued(operation, event)
+        return event
+
+
+class _BuffersUnawaited(Executor):
+    """Before a new plan it is waited for state and weights, not for host buffers."""
+
+    def synchronize(self) -> None:
+        for name in ("state", "weight"):
+            self._device.finish(self._order.pending(name))
+
+
 @dataclass(frozen=True)
 class Defect:
     """``change``: what is done to sound states; ``device``: in place of the sound device; ``suits``: whether a training
@@ -221,6 +240,23 @@ def _has_early_slots(training: Training, way: Way) -> bool:
     return _has_stream(training, way) and way.overlaps and way.plan.num_early > way.plan.num_slots
 
 
+def _sends_early(training: Training, way: Way) -> bool:
+    # Of many some are told of in time.
+    many = len(training.sizes) >= 4 and len(way.plan.cpu_order) >= 8
+    return way.overlaps and way.plan.early_gradients and many
+
+
+def _sends_early_and_updates(training: Training, way: Way) -> bool:
+    # Work in a queue comes after all before it, so the first subgroups have to be told of: in some step they are.
+    return _plain(training, way) and _sends_early(training, way) and len(training.steps) >= 3
+
+
+def _sends_early_and_replans(training: Training, way: Way) -> bool:
+    first = training.steps[0]
+    dropped = first.dropped and all(first.given) and not first.looks
+    return dropped and way.second_plan is not None and _sends_early(training, way)
+
+
 DEFECTS = {
     "half_staged": Defect(
         "updated BF16 weights staged as FP16 and copied byte by byte",
@@ -242,5 +278,11 @@ DEFECTS = {
     "forward_too_soon": Defect("the forward pass reads weights on their way up", _has_cpu, device=_ForwardTooSoon),
     "nothing_held": Defect("the model frees gradients that the update still reads", _plain, device=_NothingHeld),
     "released_too_soon": Defect("early buffers given back before they are flushed", _has_early_slots, _ReleasedTooSoon),
+    "cpu_side_unmarked": Defect(
+        "the CPU's weights go up while the backward pass reads the old ones", _sends_early_and_updates, _CpuSideUnmarked
+    ),
+    "buffers_unawaited": Defect(
+        "replanning frees host buffers into which gradients still go", _sends_early_and_replans, _BuffersUnawaited
+    ),
     "taken_too_soon": Defect("early buffers filled while the model uses their memory", _has_early_slots, _TakenTooSoon),
 }

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from pretrain.optim.offload.arguments import check_number, count, positive, share
 from pretrain.optim.offload.bounds import lower_bound
 from pretrain.optim.offload.constants import Constants, Widths, Window
 from pretrain.optim.offload.plan import Planned, make_plan
@@ -22,6 +23,8 @@ from pretrain.optim.offload.sizes import device_parts, host_parts
 from pretrain.optim.offload.subgroups import Subgroup, Target, cut_subgroups
 
 GIB = 2**30
+# Bytes of a weight, and of a gradient on the device: both engines sum gradients in FP32.
+BF16, SUMMED = 2, 4
 
 # "52 GB/s" each way and both at once on PCIe 5 and the CPU rates of 1, 2 and 3 Gparam/s: a projection of the update's
 # time that was stated, not measured. The CPU's slowdown under transfers is what its fractions imply (about 1.3). The
@@ -133,9 +136,9 @@ class Prediction:
         """The prediction as text."""
         elements = sum(subgroup.numel for subgroup in self.subgroups)
         yield f"{self.parameters:,} parameters, {elements:,} on a rank in {len(self.subgroups)} subgroups:"
-        for (group, numel), count in sorted(Counter((s.group, s.numel) for s in self.subgroups).items()):
+        for (group, numel), number in sorted(Counter((s.group, s.numel) for s in self.subgroups).items()):
             state = numel * self.widths.state / GIB
-            yield f"  {count:5} x {numel:,} elements (group {group}), {state:.2f} GiB of state"
+            yield f"  {number:5} x {numel:,} elements (group {group}), {state:.2f} GiB of state"
         yield (
             f"device memory: {self.window.device_bytes / GIB:.1f} GiB for buffers, {self.window.early_bytes / GIB:.1f} "
             f"GiB in the last backward pass; hidden: {self.window.backward_s:.2f} s of it, "
@@ -235,7 +238,8 @@ def rank_window(
     activation_bytes: float = 20 * GIB,
     host_bytes: float | None = None,
 ) -> Window:
-    """Memory and time around the update of a rank that holds its shard of BF16 weights and gradients.
+    """Memory and time around the update of a rank that holds its shard of BF16 weights and of FP32 gradients, which
+    both engines sum in.
 
     What activations leave free is free all the time; their memory is free in the second half of the last backward pass.
     ``tokens``: of a rank in its last micro-batch, at ``flops`` operations/s (2 per parameter and token forward, 4
@@ -244,11 +248,11 @@ def rank_window(
     Raises:
         ValueError: weights, gradients and activations do not fit.
     """
-    weights = 4 * ceil(parameters / data_parallel)
+    weights = (BF16 + SUMMED) * ceil(parameters / data_parallel)
     free = device_bytes - weights - activation_bytes
     if free < 0:
         raise ValueError(
-            f"{weights / GIB:.1f} GiB of BF16 weights and gradients and {activation_bytes / GIB:.1f} GiB of "
+            f"{weights / GIB:.1f} GiB of BF16 weights and FP32 gradients and {activation_bytes / GIB:.1f} GiB of "
             f"activations do not fit in {device_bytes / GIB:.1f} GiB of device memory: use more ranks (data_parallel)"
         )
     forward_s = 2 * parameters * tokens / flops
@@ -261,6 +265,10 @@ def rank_window(
     )
 
 
+def _resident(text: str) -> float:
+    return -1.0 if text.startswith("-") and share(text[1:]) >= 0 else share(text)
+
+
 def _parts(parts: Mapping[str, int]) -> str:
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     return f"{sum(parts.values()) / GIB:8.2f} GiB" + (f" ({listed})" if listed else "")
@@ -271,24 +279,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.optim.offload.predict", description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", choices=sorted(ARCHITECTURES))
-    model.add_argument("--parameters", type=float, help="in one piece, instead of a model's shapes")
-    parser.add_argument("--data-parallel", type=int, default=1, help="ranks that share the optimizer state")
-    parser.add_argument("--subgroup-size", type=float, default=1e8, help="elements")
+    model.add_argument("--parameters", type=count, help="in one piece, instead of a model's shapes")
+    parser.add_argument("--data-parallel", type=count, default=1, help="ranks that share the optimizer state")
+    parser.add_argument("--subgroup-size", type=count, default=100_000_000, help="elements")
     parser.add_argument("--master", choices=("full", "low_bits"), default="full")
     parser.add_argument("--gradient-bytes", type=int, choices=(2, 4), default=2)
     parser.add_argument("--constants", choices=sorted(STATED), default=DEFAULT_CONSTANTS, help="stated, not measured")
-    parser.add_argument("--link", type=float, help="GB/s of each direction, also both at once")
-    parser.add_argument("--cpu", type=float, help="Gparam/s of the CPU update of a rank")
-    parser.add_argument("--dram", type=float, help="GB/s of a rank's share of host memory, for the bound")
-    parser.add_argument("--device-memory", type=float, default=139.0, help="GiB of a device")
-    parser.add_argument("--activations", type=float, default=20.0, help="GiB at their peak")
-    parser.add_argument("--host-memory", type=float, help="GiB of a rank; not limited if not given")
-    parser.add_argument("--tokens", type=float, default=2048.0, help="of a rank's last micro-batch")
-    parser.add_argument("--tflops", type=float, default=400.0, help="of the model's passes on a device")
-    parser.add_argument("--resident", type=float, default=0.0, help="share whose state stays; below 0: what fits")
-    parser.add_argument("--fraction", type=float, help="instead of the computed one")
+    parser.add_argument("--link", type=positive, help="GB/s of each direction, also both at once")
+    parser.add_argument("--cpu", type=positive, help="Gparam/s of the CPU update of a rank")
+    parser.add_argument("--dram", type=positive, help="GB/s of a rank's share of host memory, for the bound")
+    parser.add_argument("--device-memory", type=positive, default=139.0, help="GiB of a device")
+    parser.add_argument("--activations", type=positive, default=20.0, help="GiB at their peak")
+    parser.add_argument("--host-memory", type=positive, help="GiB of a rank; not limited if not given")
+    parser.add_argument("--tokens", type=count, default=2048, help="of a rank's last micro-batch")
+    parser.add_argument("--tflops", type=positive, default=400.0, help="of the model's passes on a device")
+    parser.add_argument("--resident", type=_resident, default=0.0, help="share whose state stays; below 0: what fits")
+    parser.add_argument("--fraction", type=share, help="instead of the computed one")
     args = parser.parse_args(arguments)
-    shapes = architecture_shapes(ARCHITECTURES[args.model]) if args.model else {"flat": (1, int(args.parameters))}
+    shapes = architecture_shapes(ARCHITECTURES[args.model]) if args.model else {"flat": (1, args.parameters)}
     constants = STATED[args.constants]
     if args.link:
         rate = args.link * 1e9
@@ -298,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         constants = replace(constants, cpu_adam=args.cpu * 1e9, cpu_adam_with_link=args.cpu * 1e9 / slowdown)
     low = args.master == "low_bits"
     try:
+        check_number(sum(target.numel for target in rank_targets(shapes, args.data_parallel)), args.subgroup_size)
         window = rank_window(
             sum(prod(shape) for shape in shapes.values()),
             data_parallel=args.data_parallel,
@@ -312,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             constants,
             window,
             data_parallel=args.data_parallel,
-            subgroup_size=int(args.subgroup_size),
+            subgroup_size=args.subgroup_size,
             widths=Widths(state=10 if low else 12, gradient=args.gradient_bytes, weight_down=low),
             resident_fraction=None if args.resident < 0 else args.resident,
             fraction=args.fraction,

@@ -332,25 +332,3 @@ def save_constants(path: Path, constants: Constants, device: torch.device, *, th
     text = json.dumps({"constants": dataclasses.asdict(constants), "measured": about}, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text + "\n")
-
-
-def load_constants(path: Path) -> Constants:
-    """Read what :func:`save_constants` wrote.
-
-    Raises:
-        OSError: ``path`` cannot be read.
-        ValueError: it holds something else.
-    """
-    names = {field.name for field in dataclasses.fields(Constants)}
-    way_out = "write it anew with `pretrain offload probe`"
-    try:
-        values = json.loads(path.read_text())["constants"]
-        found = {str(name): float(value) for name, value in values.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no probed constants ({type(error).__name__}: {error}): {way_out}") from None
-    if found.keys() != names:
-        raise ValueError(f"{path} has constants {sorted(found)}, expected {sorted(names)}: {way_out}")
-    for name, value in found.items():
-        if not (math.isfinite(value) and (value > 0 or (name == "latency" and value == 0))):
-            raise ValueError(f"{path}: {name} is {value}, expected a positive number: {way_out}")
-    return Constants(**found)

@@ -8,8 +8,8 @@ and the simulator of times all run this one list.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Generic, NamedTuple, TypeVar
 
@@ -103,6 +103,24 @@ class Plan:
     num_early: int = 0
     num_host_buffers: int = 3
     early_gradients: bool = False
+
+    def without_early_buffers(self) -> Plan:
+        """The same with slots of the ring alone."""
+        return replace(self, num_early=min(self.num_early, self.num_slots))
+
+    def with_resident(self, numbers: Collection[int]) -> Plan:
+        """The same with these subgroups resident, before all others."""
+        if all(self.places[number] is Place.RESIDENT for number in numbers):
+            return self
+        moved = frozenset(numbers)
+        places = tuple(Place.RESIDENT if i in moved else place for i, place in enumerate(self.places))
+        return replace(
+            self,
+            places=places,
+            device_order=(*sorted(moved), *(i for i in self.device_order if i not in moved)),
+            cpu_order=tuple(i for i in self.cpu_order if i not in moved),
+            num_early=min(self.num_early, sum(place is Place.STREAM for place in places)),
+        )
 
     @property
     def streamed(self) -> tuple[int, ...]:

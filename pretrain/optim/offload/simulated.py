@@ -6,7 +6,8 @@ and of the program itself is checked against all others (:mod:`~pretrain.optim.o
 found in whatever order things happened to run.
 
 Modelled are in-order streams, a CPU thread, and a caching allocator that gives memory on as soon as it may: what was
-released is overwritten at once by its next user, and what is handed out was somebody's until a moment ago.
+released is overwritten at once by its next user, and what is handed out was somebody's until a moment ago. Host memory
+is gone as soon as nothing refers to it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pretrain.optim.offload.cpu_adamw import cpu_adamw_
 from pretrain.optim.offload.device import Event
 from pretrain.optim.offload.pinned import weak_buffer
 from pretrain.optim.offload.schedule import Operation, Queue
-from pretrain.optim.offload.shadow import Actor, Found, RaceError, Region, Regions, Side, join
+from pretrain.optim.offload.shadow import Actor, Clock, Found, RaceError, Region, Regions, Side, join
 from pretrain.optim.offload.simulated_queues import MODEL, PROGRAM, Queues, as_task
 from pretrain.optim.offload.watch import Watch
 
@@ -75,6 +76,7 @@ class SimulatedDevice:
         self._regions = Regions()
         self._idle: list[_Block] = []
         self._dropped: list[tuple[_Block, int]] = []
+        self._dropped_on_host: list[tuple[_Block, Clock]] = []
         self._kept: list[_Block] = []
         self._releases = 0
         self._watch = Watch(_weakly(self.direct))
@@ -106,7 +108,11 @@ class SimulatedDevice:
         self._advance()
         if not num_bytes:
             return torch.empty(0, dtype=torch.uint8)
-        return self._new_block(num_bytes, Side.HOST, "host memory").tensor(lambda dropped: None)
+        dropped, clock = self._dropped_on_host, self._queues.clocks[PROGRAM]
+        # What the program knows to be over at that moment counts: whoever gets the memory next waits for nothing.
+        return self._new_block(num_bytes, Side.HOST, "host memory").tensor(
+            lambda block: dropped.append((block[0], dict(clock)))
+        )
 
     def empty_device(self, num_bytes: int) -> Tensor:
         self._advance()
@@ -244,7 +250,9 @@ class SimulatedDevice:
 
     def settle(self) -> None:
         """Do everything, and wait for it."""
+        self._check_dropped()
         self._queues.settle()
+        self._check_dropped()
 
     def copy_in(self, tensor: Tensor, values: Tensor) -> None:
         """Within work on the model's queue: write values that are nobody's memory."""
@@ -254,7 +262,14 @@ class SimulatedDevice:
 
     # Memory.
 
+    def _check_dropped(self) -> None:
+        """Host memory goes back to the system at once: all that ever touched it must be known to be over."""
+        while self._dropped_on_host:
+            block, clock = self._dropped_on_host.pop()
+            block.region.write(Actor("the release of unused memory", PROGRAM, clock), 0, len(block.memory), empty=True)
+
     def _advance(self) -> None:
+        self._check_dropped()
         self._queues.advance()
         while self._dropped:
             block, tenant = self._dropped.pop()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pretrain.config.schema import OffloadConfig
-from pretrain.optim.offload.arithmetic import StepScalars, join_master, round_to_bf16, split_master
+from pretrain.optim.offload.arithmetic import GRADIENT_DTYPES, StepScalars, join_master, round_to_bf16, split_master
 from pretrain.optim.offload.choose import choose_device, choose_plan, require_on_every_rank
 from pretrain.optim.offload.device import Device
 from pretrain.optim.offload.executor import Executor
@@ -20,7 +20,6 @@ from pretrain.optim.offload.schedule import Plan
 from pretrain.optim.offload.subgroups import Segment, Target, cut_subgroups
 
 SLOTS = ("master", "exp_avg", "exp_avg_sq")
-Slot = Literal["master", "exp_avg", "exp_avg_sq"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class OffloadedStates:
         config: ``optimizer.offload``.
         gradient_dtype: of gradients' buffers on the host.
         masters: initial FP32 values by weight (None: the weights).
-        apart: weights whose masters are read after every step: in subgroups of their own, so that reading waits for
-            little (None: none).
+        apart: small weights whose masters are read after every step (None: none). Their state is in subgroups of its
+            own and stays on the device under any plan, so that reading waits for no state on its way home.
         device, plan: otherwise chosen for where the weights are.
 
     Raises:
@@ -86,6 +85,7 @@ class OffloadedStates:
         targets = [Target(w.numel(), kinds.index(key)) for w, key in zip(self._weights, keys, strict=True)]
         self.subgroups = cut_subgroups(targets, config.subgroup_size)
         self._groups = tuple(kinds[subgroup.group][0] for subgroup in self.subgroups)
+        self._apart = frozenset(subgroup.index for subgroup in self.subgroups if kinds[subgroup.group][2])
         dtypes = [kinds[subgroup.group][1] for subgroup in self.subgroups]
         self._shape = Shape(
             self.subgroups,
@@ -99,10 +99,15 @@ class OffloadedStates:
                 self._segments[segment.target].append((subgroup.index, segment))
         self.config = config
         self.device = device or choose_device(self._weights, config)
-        self.plan = plan or choose_plan(self._shape, config, self.device)
-        check_plan(self.plan, self.subgroups)
-        needed = self._shape.host_bytes(self.plan, host_weights=self.device.host_weights)
-        require_on_every_rank(needed, config.host_memory_gib, pinned=not self.device.host_weights)
+        failure: Exception | None = None
+        needed: dict[str, int] = {}
+        try:
+            self.plan = self.adapted(plan or choose_plan(self._shape, config, self.device))
+            check_plan(self.plan, self.subgroups)
+            needed = self._shape.host_bytes(self.plan, host_weights=self.device.host_weights)
+        except Exception as error:  # other ranks must not wait for this one
+            failure = error
+        require_on_every_rank(needed, config.host_memory_gib, pinned=not self.device.host_weights, failure=failure)
         self._memory = Memory(self.device, self._shape, self.plan)
         self._executor = Executor(self.device, self._memory, self.plan, self._weights)
         self._waiting: dict[int, Tensor] = {}
@@ -119,6 +124,10 @@ class OffloadedStates:
     def host_bytes(self) -> int:
         """Host memory that the present plan takes."""
         return sum(self._shape.host_bytes(self.plan, host_weights=self.device.host_weights).values())
+
+    def adapted(self, plan: Plan) -> Plan:
+        """What becomes of a plan here: state that is read after every step stays on the device."""
+        return plan.with_resident(self._apart)
 
     @property
     def early_bytes(self) -> int:
@@ -173,6 +182,8 @@ class OffloadedStates:
         Raises:
             ValueError: a gradient does not fit its weight.
             RuntimeError: an earlier update failed half-way.
+            torch.OutOfMemoryError: buffers that a failed :meth:`replan` took cannot be had again. Nothing was changed:
+                call again, or :meth:`discard`.
         """
         self._check_whole()
         self._check_gradients(gradients)
@@ -187,11 +198,14 @@ class OffloadedStates:
             )
             for s in settings
         ]
+        self._memory.complete()
         self._waiting = {}
         if self.watcher is not None:
             self.watcher.before_update()
         try:
             self._executor.update(gradients, [by_group[group] for group in self._groups])
+            # Of a plan with less early state, where there was no memory for it.
+            self.plan = self._executor.plan
             if not self.config.overlap:
                 self._executor.synchronize()
         except BaseException as error:
@@ -253,10 +267,18 @@ class OffloadedStates:
                 self.write(target, slot, torch.zeros(1).expand(weight.numel()))
 
     def replan(self, plan: Plan) -> None:
-        """Go on by another plan; what it changes is time and place, never a value."""
+        """Go on by another plan; what it changes is time and place, never a value.
+
+        Raises:
+            ValueError: no plan for these subgroups, or host memory does not suffice.
+            torch.OutOfMemoryError: device memory does not. The plan stays as it was, and everything at its place.
+        """
+        plan = self.adapted(plan)
         check_plan(plan, self.subgroups)
         self.synchronize()
         more = sum(self._shape.host_bytes(plan, host_weights=self.device.host_weights).values()) - self.host_bytes
+        if not self.device.host_weights:
+            more += self._shape.leaving_bytes(self.plan, plan)
         if more > 0:
             limit = self.config.host_memory_gib
             require_host_memory(
@@ -293,6 +315,11 @@ class OffloadedStates:
                 raise ValueError(
                     f"gradient {number} is {tuple(gradient.shape)} on {gradient.device}, "
                     f"its weight {tuple(weight.shape)} on {weight.device}"
+                )
+            if gradient is not None and (gradient.dtype not in GRADIENT_DTYPES or not gradient.is_contiguous()):
+                raise ValueError(
+                    f"gradient {number} is {gradient.dtype} with strides {gradient.stride()}, expected contiguous "
+                    "float32, bfloat16 or float16"
                 )
 
 
@@ -342,7 +369,7 @@ def _check_weights(weights: Sequence[Tensor], groups: Sequence[int]) -> None:
     for number, weight in enumerate(weights):
         if weight.dim() != 1 or not weight.is_contiguous():
             raise ValueError(f"weight {number} has shape {tuple(weight.shape)}, expected a flat contiguous view")
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if weight.dtype not in GRADIENT_DTYPES:
             raise ValueError(f"weight {number} is {weight.dtype}, expected float32, bfloat16 or float16")
         if weight.device != weights[0].device:
             raise ValueError(f"weights are on {weights[0].device} and on {weight.device}, expected one device")

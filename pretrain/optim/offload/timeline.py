@@ -182,7 +182,9 @@ def _events(
         return {"name": name, "ph": "M", "ts": 0, "pid": process, "tid": thread, "args": {key: value}}
 
     def complete(name: str, category: str, track: str, start: float, end: float, **args: Any) -> dict[str, Any]:
-        begin, duration = _us(start - origin), _us(end - start)
+        # From rounded ends: neighbours that overlap by a nanosecond are dropped when the file is read.
+        begin = _us(start - origin)
+        duration = round(_us(end - origin) - begin, 3)
         return {
             "name": name,
             "cat": category,

@@ -37,9 +37,12 @@ _QUEUES = (
     Queue.GRADIENT_DOWN,
     Queue.STATE_DOWN,
 )
+_THINNEST = 0.5  # points, of an operation that is shorter than a pixel
 _STALL, _HATCH = "#e0a3a8", "////"
 _INCHES_PER_ROW = 0.34
 _NARROWEST_LABEL = 0.022  # of the width, so that a number of two digits fits
+# Of the width, about 6 pixels: white edges would cover what is shorter.
+_NARROWEST_EDGE = 0.006
 
 
 def plot_timeline(path: Path, sides: Sequence[Side], *, title: str) -> None:
@@ -96,7 +99,11 @@ def _draw(axes: Any, side: Side, rows: Sequence[str], scale: float, width: float
     for timed in side.operations:
         begin, length = timed.start * scale, (timed.end - timed.start) * scale
         row = line[timed.operation.queue.value]
-        axes.barh(row, length, 0.8, left=begin, color=_COLORS[timed.operation.kind], edgecolor="white", linewidth=0.5)
+        color = _COLORS[timed.operation.kind]
+        if length > width * _NARROWEST_EDGE:
+            axes.barh(row, length, 0.8, left=begin, color=color, edgecolor="white", linewidth=0.5)
+        else:
+            axes.barh(row, length, 0.8, left=begin, color=color, edgecolor=color, linewidth=_THINNEST)
         if length > width * _NARROWEST_LABEL:
             number = str(timed.operation.subgroup)
             axes.text(begin + length / 2, row, number, ha="center", va="center", fontsize=7, color="white")

@@ -215,7 +215,7 @@ def go_beside(
             # In order of the model's queue, so of the list.
             for weight in weights:
                 device.model_reads(weight, outcome.seen.append)
-            gradients = _backward(training, at, states, way, device, source)
+            gradients = _backward(training, at, states, weights, way, device, source)
             if step.dropped:
                 states.discard()
             else:
@@ -238,7 +238,13 @@ def go_beside(
 
 
 def _backward(
-    training: Training, at: int, states: OffloadedStates, way: Way, device: ModelDevice, source: random.Random
+    training: Training,
+    at: int,
+    states: OffloadedStates,
+    weights: Sequence[Tensor],
+    way: Way,
+    device: ModelDevice,
+    source: random.Random,
 ) -> list[Tensor | None]:
     """Gradients, made in some order; each may be told of once it is final, and the states be asked to begin."""
     step = training.steps[at - 1]
@@ -246,6 +252,7 @@ def _backward(
     order = [target for target, given in enumerate(step.given) if given]
     source.shuffle(order)
     begin = source.randint(0, len(order))
+    share_told = source.choice([0.5, 1.0])
     for count, target in enumerate(order):
         if way.overlaps and count == begin:
             states.start_early()
@@ -256,8 +263,11 @@ def _backward(
         # Accumulation: the first value is not the final one.
         device.model_writes(gradient, values)
         gradients[target] = gradient
-        if way.overlaps and source.random() < 0.7:
+        if way.overlaps and source.random() < share_told:
             states.gradient_ready(target, gradient)
+    # That gradients are final does not mean that the pass is over: it reads weights to its end.
+    for weight in weights:
+        device.model_reads(weight)
     return gradients
 
 
